@@ -1,0 +1,82 @@
+"""qkv's own form of a model: a folder with spec.json and model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qkv.checkpoints.whole import unwritten
+from qkv.errors import QkvError
+from qkv.models import Model, Module
+from qkv.spec import dump, load
+
+SPEC, WEIGHTS = "spec.json", "model.safetensors"
+
+
+def save_model(model: Module, folder: Path) -> None:
+    """Write a model's spec and weights into an existing folder."""
+    (folder / SPEC).write_text(json.dumps(dump(model.spec), indent=2, ensure_ascii=False), encoding="utf-8")
+    save_tensors(model.state_dict(), folder / WEIGHTS)
+
+
+def load_model(folder: Path) -> Module:
+    """The model that `save_model` wrote, in evaluation mode."""
+    spec = load(read_json(folder / SPEC), Model, str(folder / SPEC))
+    model = empty(spec)
+    fill(model, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    return model.eval()
+
+
+def empty(spec: Model) -> Module:
+    """The model to be filled: without memory for its weights, unless it computes buffers that are not saved."""
+    with torch.device("meta"):
+        model = spec.build()
+    saved = model.state_dict()
+    return spec.build() if any(name not in saved for name, _ in model.named_buffers()) else model
+
+
+def fill(model: Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Give every parameter and saved buffer its tensor, without a second copy; `QkvError` names what does not fit."""
+    wanted = model.state_dict()
+    for name, want in wanted.items():
+        if name not in tensors:
+            raise QkvError(f"{path} lacks {name!r}: it was made by a model of another form")
+        if tensors[name].shape != want.shape:
+            found, expected = tuple(tensors[name].shape), tuple(want.shape)
+            raise QkvError(f"{path}: {name!r} has the shape {found}, the model's is {expected}")
+    extra = sorted(set(tensors) - set(wanted))
+    if extra:
+        raise QkvError(f"{path} holds {extra[0]!r}, for which the model has no place ({len(extra)} such)")
+    model.load_state_dict(tensors, assign=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; a full disk becomes a `QkvError`."""
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except (SafetensorError, OSError) as fault:
+        raise unwritten(path, fault if isinstance(fault, OSError) else OSError(str(fault))) from fault
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise QkvError(f"{path} does not exist: the folder is incomplete, copy it again") from None
+    except (SafetensorError, OSError, ValueError) as fault:
+        raise QkvError(f"{path} is damaged or cut off ({fault}): copy it again") from fault
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QkvError(f"{path} does not exist: the folder is incomplete or not one of qkv's") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
+        raise QkvError(f"{path} is not sound JSON ({fault}): copy it again") from None

@@ -1,0 +1,59 @@
+"""Files and folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qkv.errors import QkvError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when the block ends without an error, and is gone otherwise."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        sync(part)
+        part.replace(path)
+    except OSError as fault:
+        raise unwritten(path, fault) from fault
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `path`, which must be new or is replaced, when the block ends without an error."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for file in part.iterdir():
+            sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        part.replace(path)
+    except OSError as fault:
+        raise unwritten(path, fault) from fault
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until the file is on the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def unwritten(path: Path, fault: OSError) -> QkvError:
+    reason = fault.strerror or str(fault)
+    return QkvError(f"{path} could not be written ({reason}); what was there before is untouched")

@@ -1,0 +1,112 @@
+"""Commands that show."""
+
+import dataclasses as dc
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkv.errors import QkvError
+
+if TYPE_CHECKING:
+    from qkv.models import Model
+
+
+def look(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    text: Annotated[
+        str | None, typer.Argument(help="The text to watch the model read; left out: the report alone.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder of the pictures; RUN/look by default.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Only this layer, from 1, with --head as one large picture.")
+    ] = None,
+    head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
+) -> None:
+    """Draw the attention over a text, the loss curve, and the report of a run."""
+    from qkv.look import attend, attention_grid, attention_map, curves, report
+    from qkv.train import Run, Task
+
+    opened = Run(run)
+    task, folder = Task(opened.model(), opened.tokenizers), out or run / "look"
+    folder.mkdir(parents=True, exist_ok=True)
+    if text is not None:
+        answer = task.predict([text], opened.recipe.evaluation.search)[0][0] if opened.recipe.objective.pairs else None
+        if answer is not None:
+            print(answer.text)
+        for one in attend(task, text, answer):
+            path, weights = folder / f"{one.kind}.png", one.weights
+            layers, heads = picked(layer, len(weights), "layer"), picked(head, weights.shape[1], "head")
+            weights = weights[layers][:, heads]
+            if weights.shape[:2] == (1, 1):
+                title = f"{one.kind}, layer {layers[0] + 1}, head {heads[0] + 1}"
+                print(attention_map(weights[0, 0], one.rows, one.columns, title=title, path=path))
+            else:
+                titles = [f"layer {n + 1}, head {m + 1}" for n in layers for m in heads]
+                print(attention_grid(weights, one.rows, one.columns, titles=titles, path=path))
+    if opened.metrics():
+        print(curves(opened.metrics(), path=folder / "curves.png"))
+    texts = [text] if text is not None else []
+    print(report(opened, task, folder / "report.html", title=run.resolve().name, texts=texts))
+
+
+def picked(number: int | None, size: int, what: str) -> list[int]:
+    if number is not None and not 1 <= number <= size:
+        raise QkvError(f"there is no {what} {number}: the model has {what}s 1 to {size}")
+    return list(range(size)) if number is None else [number - 1]
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="The folder of a run, a preset, or a recipe.")],
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the sequence; 128, or all that the model takes.")
+    ] = None,
+    vocabulary: Annotated[
+        int, typer.Option("--vocab", help="The size where the model takes it from a tokenizer.")
+    ] = 32000,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Show a model as a tree of parts: shapes, parameters, FLOPs and cache bytes."""
+    from qkv.look import inspect as examine
+    from qkv.train.recipe import fitted
+
+    spec = fitted(spec_of(model), vocabulary, vocabulary)
+    inspection = examine(spec, length)
+    if as_json:
+        print(json.dumps(dc.asdict(inspection), indent=2))
+        return
+    print(inspection)
+
+
+def spec_of(name: str) -> "Model":
+    """The model spec of a run, a recipe or a preset."""
+    from qkv.recipes import find, shipped
+    from qkv.spec import nearest
+    from qkv.train import Run, load_recipe
+    from qkv.zoo import PRESETS
+    from qkv.zoo import spec_of as preset
+
+    if Path(name).is_dir():
+        return Run(Path(name)).recipe.model
+    if name in PRESETS:
+        return preset(name)
+    if name in shipped() or name.endswith(".toml"):
+        return load_recipe(find(name)).model
+    raise QkvError(f"{name!r} is no run, recipe or preset{nearest(name, [*PRESETS, *shipped()])}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the demo.")] = Path("runs/demo"),
+    setting: Annotated[list[str] | None, typer.Option("--set", "-s", help="Change a field of the recipe.")] = None,
+) -> None:
+    """Train a small Transformer to pronounce English, in about three minutes, and look inside it."""
+    from qkv.cli.demo import run
+
+    run(out, setting or [], sys.stdout)
+
+
+COMMANDS = [look, inspect, demo]

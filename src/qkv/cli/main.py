@@ -1,0 +1,64 @@
+"""The program `qkv`, and what its exit status says: 0 done, 2 the user's mistake, 1 ours, 130 Ctrl-C."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import qkv
+from qkv.cli import look, run, train
+from qkv.errors import QkvError
+
+app = typer.Typer(
+    name="qkv",
+    help="The whole Transformer family from one set of parts: train, run and look inside.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (train, run, look):
+    for command in group.COMMANDS:
+        app.command()(command)
+
+
+def version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qkv {qkv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
+) -> None:
+    if traceback:
+        os.environ["QKV_TRACEBACK"] = "1"
+
+
+def main() -> None:
+    """Run a command; an error is one sentence on stderr, with `--traceback` the rest."""
+    try:
+        app()
+    except QkvError as mistake:
+        fail(str(mistake), 2)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    except BrokenPipeError:
+        # The reader of our output left (`qkv … | head`): no one to tell, and nothing more to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as fault:
+        fail(f"this is a defect of qkv: {type(fault).__name__}: {fault} (--traceback shows where)", 1)
+
+
+def fail(message: str, code: int) -> None:
+    if os.environ.get("QKV_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"qkv: {message}", file=sys.stderr)
+    sys.exit(code)

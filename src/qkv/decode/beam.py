@@ -1,0 +1,111 @@
+"""Several paths at a time."""
+
+import dataclasses as dc
+from collections.abc import Sequence
+
+import torch
+
+from qkv.decode.search import Hypothesis, Rows, Search
+from qkv.errors import QkvError
+from qkv.spec import part
+
+
+@part("beam")
+class Beam(Search):
+    """Keep the `size` likeliest unfinished paths of each row; rank finished ones by log p(y) / |y|^α.
+
+    |y| counts the end token; α is `length_penalty`: 0 prefers short texts, above 1 long ones (Wu 2016 discusses
+    the forms). A row is done when no unfinished path, ended now, would rank among its `size` finished ones.
+    """
+
+    size: int = 4
+    length_penalty: float = 1.0
+    n_best: int = 1
+
+    def check(self) -> None:
+        if not 1 <= self.n_best <= self.size:
+            raise QkvError(f"a beam of {self.size} gives 1 to {self.size} hypotheses, not {self.n_best}")
+
+    def run(self, rows: Rows, limits: Sequence[int], end: int | None, seeds: Sequence[int]) -> list[list[Hypothesis]]:
+        k, device = self.size, rows.log_p.device
+        beams = [_Row(limit, self) for limit in limits]
+        live = list(beams)
+        rows.select(torch.arange(len(beams), device=device).repeat_interleave(k))
+        # At first the k paths of a row are the same: only one of them may go on.
+        total = torch.full((len(beams), k), float("-inf"), device=device)
+        total[:, 0] = 0.0
+        while True:
+            scores = total[:, :, None] + rows.log_p.unflatten(0, (-1, k))
+            best, at = scores.flatten(1).topk(min(2 * k, scores[0].numel()), 1)
+            path, token = at // scores.shape[2], at % scores.shape[2]
+            choices = zip(best.tolist(), path.tolist(), token.tolist(), strict=True)
+            steps = [beam.extend(*choice, end) for beam, choice in zip(live, choices, strict=True)]
+            going = [n for n, step in enumerate(steps) if step is not None]
+            if not going:
+                return [beam.best(self.n_best) for beam in beams]
+            kept = [step for step in steps if step is not None]
+            parents = torch.tensor([[n * k + p for p in step.parents] for n, step in zip(going, kept, strict=True)])
+            rows.select(parents.flatten().to(device))
+            total = torch.tensor([step.totals for step in kept], device=device)
+            rows.feed(torch.tensor([step.tokens for step in kept], device=device).flatten())
+            live = [live[n] for n in going]
+
+
+@dc.dataclass(frozen=True)
+class _Step:
+    """How the k unfinished paths of a row go on."""
+
+    parents: list[int]
+    tokens: list[int]
+    totals: list[float]
+
+
+class _Row:
+    """The paths of one row."""
+
+    def __init__(self, limit: int, spec: Beam) -> None:
+        self.limit, self.spec = limit, spec
+        self.paths: list[list[int]] = [[]] * spec.size
+        self.finished: list[Hypothesis] = []
+
+    def rank(self, log_p: float, length: int) -> float:
+        return log_p / length**self.spec.length_penalty
+
+    def finish(self, ids: list[int], log_p: float, ended: bool) -> None:
+        """Keep the `size` best finished paths."""
+        score = self.rank(log_p, max(1, len(ids) + ended))
+        self.finished.append(Hypothesis(ids, log_p, score, ended))
+        self.finished = self.best(self.spec.size)
+
+    def best(self, n: int) -> list[Hypothesis]:
+        return sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[:n]
+
+    def extend(self, totals: list[float], paths: list[int], tokens: list[int], end: int | None) -> _Step | None:
+        """Take the 2k likeliest extensions, best first → how to go on, or None when the row is done."""
+        k, step = self.spec.size, _Step([], [], [])
+        for rank, (total, path, token) in enumerate(zip(totals, paths, tokens, strict=True)):
+            if total == float("-inf"):
+                break
+            if token == end:
+                if rank < k:
+                    self.finish(self.paths[path], total, ended=True)
+            elif len(step.tokens) < k:
+                step.parents.append(path)
+                step.tokens.append(token)
+                step.totals.append(total)
+        if not step.tokens:
+            return None
+        self.paths = [self.paths[path] + [token] for path, token in zip(step.parents, step.tokens, strict=True)]
+        if len(self.paths[0]) >= self.limit:
+            for ids, log_p in zip(self.paths, step.totals, strict=True):
+                self.finish(ids, log_p, ended=False)
+            return None
+        if len(self.finished) == k and self.rank(step.totals[0], len(self.paths[0])) <= self.finished[-1].score:
+            return None
+        short = k - len(step.tokens)
+        self.paths += [self.paths[0]] * short
+        return _Step(
+            step.parents + step.parents[:1] * short,
+            step.tokens + step.tokens[:1] * short,
+            step.totals + [float("-inf")] * short,
+        )

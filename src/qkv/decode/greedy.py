@@ -1,0 +1,49 @@
+"""One token at a time."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qkv.decode.search import Hypothesis, Rows, Search
+from qkv.spec import part
+
+
+class OneByOne(Search):
+    """Searches that follow a single path in each row; they differ in how the next token is chosen."""
+
+    @abstractmethod
+    def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function (log p: B V, rows: B, numbers of the rows) → ids B."""
+
+    def run(self, rows: Rows, limits: Sequence[int], end: int | None, seeds: Sequence[int]) -> list[list[Hypothesis]]:
+        choose, alive = self.chooser(seeds), torch.arange(len(limits))
+        ids: list[list[int]] = [[] for _ in limits]
+        log_p, ended = [0.0] * len(limits), [False] * len(limits)
+        while True:
+            chosen = choose(rows.log_p, alive)
+            gained = rows.log_p.gather(1, chosen[:, None])[:, 0]
+            on = []
+            for n, (row, token, gain) in enumerate(zip(alive.tolist(), chosen.tolist(), gained.tolist(), strict=True)):
+                log_p[row] += gain
+                ended[row] = token == end
+                if not ended[row]:
+                    ids[row].append(token)
+                    if len(ids[row]) < limits[row]:
+                        on.append(n)
+            if not on:
+                return [[Hypothesis(*row)] for row in zip(ids, log_p, log_p, ended, strict=True)]
+            if len(on) < len(alive):
+                keep = torch.tensor(on)
+                alive, chosen = alive[keep], chosen[keep]
+                rows.select(keep)
+            rows.feed(chosen)
+
+
+@part("greedy")
+class Greedy(OneByOne):
+    """The likeliest token, each time."""
+
+    def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda log_p, rows: log_p.argmax(-1)

@@ -1,0 +1,92 @@
+"""What every search does, and the rows that it steps through a model."""
+
+import dataclasses as dc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qkv.errors import QkvError
+from qkv.models import EncoderDecoderModel, Memory, SequenceModel
+from qkv.spec import Spec
+
+
+@dc.dataclass(frozen=True)
+class Hypothesis:
+    """One continuation of a row: its ids without the end token, Σ log p with it, and the score it is ranked by."""
+
+    ids: list[int]
+    log_p: float
+    score: float
+    ended: bool
+    """Whether it ends in the end token, not at the limit."""
+
+
+class Rows:
+    """A batch of rows that have been fed to a model, with the scores of what comes next."""
+
+    def __init__(
+        self, model: SequenceModel | EncoderDecoderModel, prompts: Sequence[Sequence[int]],
+        memory: Memory | None, most: int,
+    ) -> None:  # fmt: skip
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        if not prompts or int(lengths.min()) == 0:
+            raise QkvError("a prompt needs at least one token")
+        longest = int(lengths.max())
+        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
+        self.model = model
+        room = longest + most
+        if memory is None:
+            self.state = model.new_state(len(prompts), room)
+        else:
+            self.state = model.new_state(len(prompts), room, **memory)
+        equal = bool((lengths == longest).all())
+        x = model.hidden(ids, state=self.state, lengths=None if equal else lengths.to(model.device))
+        self.log_p = self.score(x[torch.arange(len(x)), lengths - 1])
+
+    def score(self, x: Tensor) -> Tensor:
+        """B C → B V, log probabilities in fp32."""
+        assert self.model.head is not None
+        return self.model.head(x, self.model.embed.table).float().log_softmax(-1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.state.select(rows)
+        self.log_p = self.log_p[rows]
+
+    def feed(self, ids: Tensor) -> None:
+        """One more token for each row (B)."""
+        self.log_p = self.score(self.model.hidden(ids[:, None], state=self.state)[:, 0])
+
+
+class Search(Spec):
+    """A way to choose tokens."""
+
+    def run(self, rows: Rows, limits: Sequence[int], end: int | None, seeds: Sequence[int]) -> list[list[Hypothesis]]:
+        """The best hypotheses of each row, best first; row b has at most limits[b] tokens."""
+        raise AssertionError(f"{type(self).__name__} does not say how it searches")
+
+
+@torch.inference_mode()
+def decode(
+    model: SequenceModel | EncoderDecoderModel,
+    prompts: Sequence[Sequence[int]],
+    search: Search,
+    *,
+    limits: Sequence[int],
+    end: int | None,
+    memory: Memory | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[list[Hypothesis]]:
+    """Continue each prompt: best hypotheses first. A row's result does not depend on the rows beside it.
+
+    `limits[b]` bounds the new tokens of row b; `end` is the id that ends a row. An encoder-decoder reads
+    `memory=model.encode(source)`. `seeds` tell sampled rows apart; by default their numbers.
+    """
+    training = model.training
+    model.eval()
+    try:
+        rows = Rows(model, prompts, memory, max(limits))
+        return search.run(rows, limits, end, seeds if seeds is not None else range(len(prompts)))
+    finally:
+        model.train(training)

@@ -1,0 +1,116 @@
+"""An encoder, and a decoder that reads what it made."""
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+
+from qkv.context import Tap, pack, take
+from qkv.masks import Causal, Full, Mask
+from qkv.models.model import Model, Module, new_state, run
+from qkv.parts.embed import TokenEmbedding, Tokens
+from qkv.parts.head import Head
+from qkv.parts.norm import Norm
+from qkv.parts.stack import Stack
+from qkv.spec import part
+from qkv.state import State
+
+
+@part("encoder-decoder")
+class EncoderDecoder(Model):
+    """p(y | x) = Π p(y_t | y_<t, encode(x)) (Vaswani 2017).
+
+    The decoder's cross-attention reads the memory named `memory`. `target=None` shares the source's embedding.
+    """
+
+    width: int
+    source: Tokens
+    encoder: Stack
+    decoder: Stack
+    target: Tokens | None = None
+    mask: Mask = Causal()
+    encoder_norm: Norm | None = None
+    decoder_norm: Norm | None = None
+    head: Head = Head()
+
+    def build(self) -> "EncoderDecoderModel":
+        return EncoderDecoderModel(self)
+
+
+class Memory(TypedDict):
+    """What an encoder leaves for a decoder, to be passed on as `**memory`."""
+
+    memory: Tensor
+    """B S C, rows packed left."""
+    memory_lengths: NotRequired[Tensor]
+    """B, where rows differ."""
+
+
+class EncoderDecoderModel(Module):
+    spec: EncoderDecoder
+
+    def __init__(self, spec: EncoderDecoder) -> None:
+        super().__init__()
+        self.spec = spec
+        self.source = spec.source.build(spec.width)
+        self.target = spec.target.build(spec.width) if spec.target else None
+        self.encoder, self.decoder = spec.encoder.build(spec.width), spec.decoder.build(spec.width)
+        self.encoder_norm = spec.encoder_norm.build(spec.width) if spec.encoder_norm else None
+        self.decoder_norm = spec.decoder_norm.build(spec.width) if spec.decoder_norm else None
+        self.head = spec.head.build(spec.width, len(self.embed.table))
+
+    @property
+    def embed(self) -> TokenEmbedding:
+        """The decoder's embedding."""
+        return self.source if self.target is None else self.target
+
+    def encode(
+        self,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        tap: Tap | None = None,
+        **given: Tensor,
+    ) -> Memory:
+        """Source ids B S → what the decoder reads: `memory` B S C, packed left, and `memory_lengths` B if ragged."""
+        if valid is not None:
+            order, lengths = pack(valid)
+            ids = take(ids, order)
+        parts = self.source, self.encoder, self.encoder_norm
+        memory = run(ids, parts, mask=Full(), path="encoder", given=given, lengths=lengths, tap=tap)
+        return Memory(memory=memory) if lengths is None else Memory(memory=memory, memory_lengths=lengths)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+        tap: Tap | None = None,
+        **given: Tensor,
+    ) -> Tensor:
+        """Target ids B T → B T C, before the head; arguments as `forward`."""
+        parts = self.embed, self.decoder, self.decoder_norm
+        return run(
+            ids, parts, mask=self.spec.mask, path="decoder",
+            given=given, valid=valid, lengths=lengths, state=state, tap=tap,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+        tap: Tap | None = None,
+        **given: Tensor,
+    ) -> Tensor:
+        """Target ids B T → logits B T V: `model(target, **model.encode(source))`, or with a state made of a memory."""
+        x = self.hidden(ids, valid=valid, lengths=lengths, state=state, tap=tap, **given)
+        return self.head(x, self.embed.table)
+
+    def new_state(self, batch: int, room: int, **given: Tensor) -> State:
+        """An empty state: `model.new_state(batch, room, **model.encode(source))`; it projects the memory, once."""
+        return new_state(self.decoder, self.spec.mask, batch, room, self.embed, given)

@@ -1,0 +1,36 @@
+"""Predict each token from those before it."""
+
+import torch
+from torch import Tensor
+
+from qkv.data import Batch
+from qkv.errors import QkvError
+from qkv.models import Model, Module, Sequence, SequenceModel
+from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
+from qkv.spec import part
+
+
+def shifted(batch: Batch) -> Example:
+    """Inputs are all tokens but the last, labels all but the first."""
+    lengths = batch.target_lengths - 1
+    inputs, chosen = batch.target[:, :-1], filled(lengths, batch.target.shape[1] - 1)
+    return Example(inputs, ragged(lengths, inputs.shape[1]), batch.target[:, 1:][chosen], chosen)
+
+
+@part("next-token")
+class NextToken(Objective):
+    """−Σ log p(y_t | y_<t) (Bengio 2003); `label_smoothing` ε spreads ε over the vocabulary."""
+
+    label_smoothing: float = 0.0
+
+    def refuse(self, model: Model) -> None:
+        if not isinstance(model, Sequence) or not model.mask.causal:
+            raise QkvError("next-token needs a decoder: a sequence model with the mask causal, whose future is hidden")
+
+    def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
+        return shifted(batch)
+
+    def loss(self, model: Module, example: Example, *, smooth: bool = True) -> Tensor:
+        assert isinstance(model, SequenceModel) and model.head is not None
+        x = model.hidden(example.inputs, lengths=example.lengths)[example.chosen]
+        return model.head.loss(x, model.embed.table, example.labels, self.label_smoothing if smooth else 0.0)

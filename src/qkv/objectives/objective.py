@@ -1,0 +1,74 @@
+"""What every objective does: make an example of a batch, and give its loss."""
+
+import dataclasses as dc
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qkv.data import Batch
+from qkv.models import Model, Module
+from qkv.spec import Spec
+
+
+@dc.dataclass(frozen=True)
+class Vocabulary:
+    """The ids that a corruption needs."""
+
+    size: int
+    mask: int
+    specials: tuple[int, ...]
+
+
+@dc.dataclass(frozen=True, eq=False)
+class Example:
+    """What one forward pass learns from; rows are packed left."""
+
+    inputs: Tensor
+    """B T."""
+    lengths: Tensor | None
+    """B; None where every row is full."""
+    labels: Tensor
+    """N: the ids to predict, in row order."""
+    chosen: Tensor
+    """B T, true at the N places whose output is compared with a label."""
+    source: Tensor | None = None
+    source_lengths: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """N: what the loss is divided by."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Example":
+        """The example on a device."""
+        values = {field.name: getattr(self, field.name) for field in dc.fields(self)}
+        return dc.replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+class Objective(Spec):
+    """Losses are sums over tokens, so that any division of a batch into smaller ones gives the same gradient."""
+
+    pairs: ClassVar[bool] = False
+    """Whether it learns from pairs of texts or from running text."""
+
+    def refuse(self, model: Model) -> None:
+        """Raise `QkvError` where this model cannot learn this."""
+
+    def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
+        """Corrupt a batch; all that is random comes from the generator."""
+        raise AssertionError(f"{type(self).__name__} does not say what it learns")
+
+    def loss(self, model: Module, example: Example, *, smooth: bool = True) -> Tensor:
+        """Σ over the example's tokens; without `smooth` the negative log-likelihood that perplexity is made of."""
+        raise AssertionError(f"{type(self).__name__} does not say what its loss is")
+
+
+def ragged(lengths: Tensor, size: int) -> Tensor | None:
+    """None where every row fills all `size` columns, which spares attention its mask."""
+    return None if bool((lengths == size).all()) else lengths
+
+
+def filled(lengths: Tensor, size: int) -> Tensor:
+    """B T: the real places of rows of these lengths."""
+    return torch.arange(size) < lengths[:, None]

@@ -1,0 +1,85 @@
+"""From ids to vectors."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qkv.context import Context
+from qkv.errors import QkvError
+from qkv.ops.dropout import dropout
+from qkv.parts.linear import Linear
+from qkv.parts.norm import Norm
+from qkv.parts.position.absolute import PositionEmbedding
+from qkv.spec import Spec, part
+
+
+class Embedding(Spec):
+    """Builds a module `(ids, context) → B T C` with `table`, the matrix that a tied head shares, and `room`."""
+
+    def build(self, width: int) -> "TokenEmbedding":
+        raise AssertionError(f"{type(self).__name__} does not say what it builds")
+
+
+@part("tokens")
+class Tokens(Embedding):
+    """dropout(norm(E[id] (× √C) + position + segment)).
+
+    `vocab=None` is set from the tokenizer when a recipe is run. `width` < C factorises the table (ALBERT, Lan 2019).
+    Segments are read from the tensor `segments` (B T) of the call, or are all 0.
+    """
+
+    vocab: int | None = None
+    width: int | None = None
+    position: PositionEmbedding | None = None
+    segments: int | None = None
+    norm: Norm | None = None
+    scaled: bool = False
+    dropout: float = 0.0
+
+    def build(self, width: int) -> "TokenEmbedding":
+        if self.vocab is None:
+            raise QkvError("the vocabulary's size is not set: give vocab, or run a recipe, which takes the tokenizer's")
+        return TokenEmbedding(self, self.vocab, width)
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self, spec: Tokens, vocab: int, width: int) -> None:
+        super().__init__()
+        inner = spec.width or width
+        self.spec, self.scale = spec, math.sqrt(width)
+        self.tokens = table(vocab, inner, inner**-0.5)
+        self.position = spec.position.build(inner) if spec.position else None
+        self.segments = table(spec.segments, inner, 0.02) if spec.segments else None
+        self.norm = spec.norm.build(inner) if spec.norm else None
+        self.project = Linear(inner, width, bias=True, axes=("embed", "embed")) if spec.width else None
+
+    @property
+    def table(self) -> Tensor:
+        return self.tokens.weight
+
+    @property
+    def room(self) -> int | None:
+        """The longest sequence that it can place."""
+        return getattr(self.position, "room", None)
+
+    def forward(self, ids: Tensor, context: Context) -> Tensor:
+        x = self.tokens(ids)
+        if self.spec.scaled:
+            x = x * self.scale
+        if self.position is not None:
+            x = self.position(x, context.positions)
+        if self.segments is not None:
+            given = "segments" in context.given
+            x = x + (self.segments(context.packed("segments", (1,))) if given else self.segments.weight[0])
+        if self.norm is not None:
+            x = self.norm(x, context)
+        if self.training and self.spec.dropout:
+            x = dropout(x, self.spec.dropout)
+        return x if self.project is None else self.project(x)
+
+
+def table(size: int, width: int, std: float) -> nn.Embedding:
+    embedding = nn.Embedding(size, width, _weight=torch.empty(size, width))
+    nn.init.normal_(embedding.weight, std=std)
+    return embedding

@@ -1,0 +1,170 @@
+"""Attention: self, masked self and cross; any number of key-value heads; any score, position and mask."""
+
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from qkv.context import Context, View
+from qkv.errors import QkvError
+from qkv.masks import Causal, Full, Mask
+from qkv.ops import attention
+from qkv.parts.linear import Linear
+from qkv.parts.mixers.body import Body, Mixer
+from qkv.parts.norm import Norm
+from qkv.parts.position import Position
+from qkv.parts.score import ScaledDot, Score
+from qkv.spec import part
+from qkv.state import KV, Cell, Cross
+
+LONG = 4096 * 4096
+"""From this many scores on, a mask is asked tile by tile and no T×S tensor is made."""
+
+
+@part("attention")
+class Attention(Mixer):
+    """softmax(score(W_q x, W_k m) + bias) W_v m, heads side by side, then W_o (Vaswani 2017).
+
+    m is x itself, or the memory named `over`. kv_heads = heads is multi-head, 1 multi-query (Shazeer 2019), between
+    grouped-query attention (Ainslie 2023). A layer's `mask` narrows the model's.
+    """
+
+    heads: int
+    kv_heads: int | None = None
+    head_width: int | None = None
+    over: str | None = None
+    mask: Mask = Full()
+    score: Score = ScaledDot()
+    position: Position | None = None
+    norm: Norm | None = None
+    bias: bool = False
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
+            raise QkvError(f"{self.kv_heads} key-value heads do not divide {self.heads} heads")
+
+    def build(self, width: int) -> Body:
+        if self.head_width is None and width % self.heads:
+            raise QkvError(f"{self.heads} heads do not divide the width {width}; change heads or give a head_width")
+        return _Attention(self, width)
+
+
+class _Attention(Body):
+    def __init__(self, spec: Attention, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.groups = spec.kv_heads or spec.heads
+        self.head_width = K = spec.head_width or width // spec.heads
+        self.q = Linear(width, spec.heads * K, bias=spec.bias, axes=("heads", "embed"))
+        self.k = Linear(width, self.groups * K, bias=spec.bias, axes=("heads", "embed"))
+        self.v = Linear(width, self.groups * K, bias=spec.bias, axes=("heads", "embed"))
+        self.o = Linear(spec.heads * K, width, bias=spec.bias, axes=("embed", "heads"))
+        self.q_norm = spec.norm.build(K) if spec.norm else None
+        self.k_norm = spec.norm.build(K) if spec.norm else None
+        self.score = spec.score.build(spec.heads, K)
+        self.position = spec.position.build(spec.heads, K) if spec.position else None
+
+    # --- before the layer loop ---
+
+    def look(self) -> Hashable:
+        position = self.position.look() if self.position is not None else None
+        return self.spec.mask, self.spec.over, position, self.spec.heads, self.head_width
+
+    def prepare(self, context: Context, cell: Cell | None, T: int) -> View:
+        if self.spec.over is not None:
+            return self.prepare_cross(context, cell)
+        view = cell.plan(context, T) if isinstance(cell, KV) else View(seen=context.positions)
+        assert view.seen is not None
+        mask, lengths = context.mask & self.spec.mask, context.lengths if cell is None else None
+        queries, keys, many = context.positions[:, :, None], view.seen[:, None, :], T * view.seen.shape[1] > LONG
+        plain = mask == Causal() and context.start is not None
+        view.causal = plain and view.seen.shape[1] == T
+
+        def allowed(rows: slice = slice(None), columns: slice = slice(None)) -> Tensor | None:
+            k = keys[:, :, columns]
+            seen = mask.allow(queries[:, rows], k, context)
+            if lengths is not None and not mask.causal:
+                real = k < lengths[:, None, None]
+                seen = real if seen is None else seen & real
+            return None if seen is None else seen[:, None]
+
+        if not view.causal and not (plain and T == 1):
+            view.mask = allowed if many else allowed()
+        if self.position is not None:
+            view.table = self.position.table(context.positions)
+            view.bias = self.position.bias(queries, keys, context)
+        return view
+
+    def prepare_cross(self, context: Context, cell: Cell | None) -> View:
+        """A memory is seen as far as it is real; every query of a row sees the same keys."""
+        assert self.spec.over is not None
+        lengths = context.given.get(f"{self.spec.over}_lengths")
+        if lengths is None:
+            return View()
+        fold = cell.fold if isinstance(cell, Cross) else 1
+        size = cell.k.shape[2] if isinstance(cell, Cross) else context.need(self.spec.over).shape[1]
+        real = torch.arange(size, device=lengths.device) < lengths[::fold, None]
+        return View(mask=real[:, None, None])
+
+    # --- in the loop ---
+
+    def new_cell(self, batch: int, room: int, given: Mapping[str, Tensor]) -> Cell:
+        if self.spec.over is not None:
+            if self.spec.over not in given:
+                raise QkvError(f"the state needs the memory {self.spec.over!r}: new_state(…, **model.encode(source))")
+            return Cross(*self.keys_and_values(given[self.spec.over]))
+        shape = batch, self.groups, room + 1, self.head_width
+        return KV(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
+
+    def split(self, x: Tensor) -> Tensor:
+        """B T (heads × K) → B heads T K."""
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.split(self.k(memory)), self.split(self.v(memory))
+        return (self.k_norm(k) if self.k_norm is not None else k), v
+
+    def forward(self, x: Tensor, context: Context, cell: Cell | None = None) -> Tensor:
+        assert self.view is not None
+        view = context.views[self.view]
+        assert view is not None
+        q = self.split(self.q(x))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if isinstance(cell, Cross):
+            return self.o(self.read(q, cell, view, context))
+        k, v = self.keys_and_values(x if self.spec.over is None else context.need(self.spec.over))
+        if view.table is not None and self.position is not None:
+            q, k = self.position.rotate(q, view.table), self.position.rotate(k, view.table)
+        if isinstance(cell, KV):
+            k, v = cell.write(k, v, context, view)
+        return self.o(self.attend(q, k, v, view, context).transpose(1, 2).flatten(2))
+
+    def read(self, q: Tensor, cell: Cross, view: View, context: Context) -> Tensor:
+        """Cross-attention to a cached memory: rows that share it become further queries of one row."""
+        B, H, T, K = q.shape
+        q = q.unflatten(0, (-1, cell.fold)).transpose(1, 2).flatten(2, 3)
+        out = self.attend(q, cell.k, cell.v, view, context)
+        return out.unflatten(2, (cell.fold, T)).permute(0, 2, 3, 1, 4).reshape(B, T, H * K)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, view: View, context: Context) -> Tensor:
+        """q: B H T K, k and v: B G S K → B H T K, by the cheapest form that gives what is asked for."""
+        dot, dropout = self.score.dot, self.spec.dropout if self.training else 0.0
+        if dot is None or context.wants("weights"):
+            mask = view.mask(slice(None), slice(None)) if callable(view.mask) else view.mask
+            scale, softcap = (dot.scale, dot.softcap) if dot else (None, None)
+            seen = attention.naive(
+                *(q, k, v), mask=mask, bias=view.bias, causal=view.causal,
+                scale=scale, softcap=softcap, dropout=dropout, score=None if dot else self.score,
+            )  # fmt: skip
+            context.emit("weights", seen.weights, tokens=(2, 3) if self.spec.over is None else (2,))
+            return seen.out
+        if dot.softcap is not None or callable(view.mask):
+            return attention.tiled(
+                *(q, k, v), mask=view.mask, bias=view.bias, causal=view.causal,
+                scale=dot.scale, softcap=dot.softcap, dropout=dropout,
+            )  # fmt: skip
+        return attention.fused(
+            q, k, v, mask=view.mask, bias=view.bias, causal=view.causal, scale=dot.scale, dropout=dropout
+        )

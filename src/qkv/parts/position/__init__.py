@@ -1,0 +1,19 @@
+"""Where a token stands: added to the embedding (absolute), turned into queries and keys (rotary), or a score's bias."""
+
+from qkv.parts.position.absolute import Learned, OneHot, PositionEmbedding, Sinusoidal
+from qkv.parts.position.bias import ALiBi, Relative
+from qkv.parts.position.position import Position, Positional, Shared
+from qkv.parts.position.rotary import Rotary
+
+__all__ = [
+    "ALiBi",
+    "Learned",
+    "OneHot",
+    "Position",
+    "PositionEmbedding",
+    "Positional",
+    "Relative",
+    "Rotary",
+    "Shared",
+    "Sinusoidal",
+]

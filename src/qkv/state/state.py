@@ -1,0 +1,104 @@
+"""The state of a batch of rows: lengths once for all layers, and a cell for each branch of each executed layer."""
+
+import dataclasses as dc
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from qkv.errors import QkvError
+
+
+class Cell(Protocol):
+    """What one branch remembers; it owns its tensors, and `State` owns every fact about length."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
+
+    def mark(self) -> Any:
+        """What `rewind` needs to come back to this moment."""
+
+    def rewind(self, mark: Any, keep: int) -> int:
+        """Go back to `keep` tokens after the mark → how many of those must be fed again."""
+
+
+@dc.dataclass(frozen=True, eq=False, slots=True)
+class Mark:
+    """A moment of a state that it can come back to."""
+
+    start: int | None
+    most: int
+    lengths: Tensor
+    cells: list[Any]
+
+
+class State:
+    """Owned by the caller, advanced once per forward by the wiring.
+
+    `cells[n][branch]` is indexed by execution position, not by module, so that shared layers and concurrent requests
+    each have their own. `given` are the tensors of the wiring that every later call needs (the memory's lengths).
+    """
+
+    def __init__(self, cells: list[dict[str, Cell]], batch: int, room: int, device: torch.device) -> None:
+        self.cells, self.room = cells, room
+        self.given: dict[str, Tensor] = {}
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.start: int | None = 0
+        self.most = 0
+        """No row is longer than this: a bound that needs no look at `lengths`."""
+
+    def __iter__(self) -> Iterator[Cell]:
+        return (cell for layer in self.cells for cell in layer.values())
+
+    def positions(self, T: int) -> Tensor:
+        """The positions of the next T tokens: 1 T where all rows are equally long, else B T."""
+        steps = torch.arange(T, device=self.lengths.device)
+        return (steps + self.start)[None] if self.start is not None else self.lengths[:, None] + steps
+
+    def reserve(self, T: int) -> None:
+        """Refuse more tokens than there is room for."""
+        if self.most + T > self.room:
+            raise QkvError(f"the state has room for {self.room} tokens and {self.most + T} were fed; make it larger")
+
+    def advance(self, T: int, lengths: Tensor | None = None) -> None:
+        """T more tokens were fed, of which row b's first lengths[b] are real."""
+        self.lengths = self.lengths + (T if lengths is None else lengths)
+        self.start = self.start + T if lengths is None and self.start is not None else None
+        self.most += T
+
+    def select(self, rows: Tensor) -> Self:
+        """Keep these rows, in this order; a row may be taken several times (beams)."""
+        self.lengths = self.lengths[rows]
+        self.given = {name: value[rows] for name, value in self.given.items()}
+        for cell in self:
+            cell.select(rows)
+        return self
+
+    def mark(self) -> Mark:
+        """This moment, to come back to."""
+        return Mark(self.start, self.most, self.lengths, [cell.mark() for cell in self])
+
+    def rewind(self, mark: Mark, keep: int) -> int:
+        """Go back to `keep` tokens after the mark, in every row → how many of those to feed again."""
+        again = max((cell.rewind(at, keep) for cell, at in zip(self, mark.cells, strict=True)), default=0)
+        kept = keep - again
+        self.lengths, self.most = mark.lengths + kept, mark.most + kept
+        self.start = None if mark.start is None else mark.start + kept
+        return again
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, under `position.branch.name`."""
+        return {
+            f"{n}.{branch}.{name}": tensor
+            for n, layer in enumerate(self.cells)
+            for branch, cell in layer.items()
+            for name, tensor in cell.tensors().items()
+        }
+
+    def bytes(self) -> int:
+        """The size of all that is held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())

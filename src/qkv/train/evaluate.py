@@ -1,0 +1,85 @@
+"""Loss and metric on a data set."""
+
+import dataclasses as dc
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from qkv.data import read
+from qkv.decode import Search
+from qkv.errors import QkvError
+from qkv.train.example import Examples
+from qkv.train.metric import Metric
+from qkv.train.recipe import Recipe
+from qkv.train.task import Prediction, Task
+
+
+@dc.dataclass(frozen=True)
+class Sample:
+    """A source, what was predicted for it, and what was expected."""
+
+    source: str
+    prediction: Prediction
+    references: tuple[str, ...]
+
+
+@dc.dataclass(frozen=True)
+class Scores:
+    """What an evaluation found."""
+
+    values: dict[str, float]
+    samples: list[Sample]
+    seconds: float
+
+
+def evaluate(
+    task: Task, recipe: Recipe, files: str | tuple[str, ...], base: Path, *, search: Search | None = None,
+    examples: int | None = None,
+) -> Scores:  # fmt: skip
+    """Loss (nats per token) and perplexity over a data set, and the recipe's metric over its first `examples` texts."""
+    began, model, objective = time.perf_counter(), task.model, recipe.objective
+    training = model.training
+    model.eval()
+    total = tokens = 0.0
+    with torch.inference_mode():
+        for example in Examples(recipe, task.tokenizers, base).evaluation(files):
+            total += float(objective.loss(model, example.to(model.device), smooth=False))
+            tokens += example.tokens
+    loss = total / tokens
+    values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    samples: list[Sample] = []
+    metric = recipe.evaluation.metric
+    if metric.reads_text:
+        samples = predictions(task, recipe, files, base, search or recipe.evaluation.search, examples)
+        values |= score(metric, samples)
+    model.train(training)
+    if not all(map(math.isfinite, values.values())):
+        raise QkvError(f"the evaluation of {files} gave {values}: the model is broken, lower the learning rate")
+    return Scores(values, samples, time.perf_counter() - began)
+
+
+def score(metric: Metric, samples: Sequence[Sample]) -> dict[str, float]:
+    return metric.score([sample.prediction.text for sample in samples], [sample.references for sample in samples])
+
+
+def predictions(
+    task: Task, recipe: Recipe, files: str | tuple[str, ...], base: Path, search: Search, examples: int | None
+) -> list[Sample]:
+    """Predict each distinct source once; its targets, on whatever lines, are its references."""
+    data = recipe.data
+    assert data.source is not None and data.target is not None
+    references: dict[str, list[str]] = {}
+    for record in read(files, (data.source, data.target), base=base):
+        source, target = record.values
+        if examples is None or source in references or len(references) < examples:
+            references.setdefault(source, []).append(target)
+    if not references:
+        raise QkvError(f"{files} holds no example to evaluate on")
+    found = task.predict(list(references), search, batch=recipe.evaluation.batch)
+    return [
+        Sample(source, answers[0], tuple(dict.fromkeys(references[source])))
+        for source, answers in zip(references, found, strict=True)
+    ]

@@ -1,0 +1,207 @@
+"""The training loop."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from qkv.data import train_tokenizers
+from qkv.errors import QkvError
+from qkv.objectives import Example
+from qkv.spec import edit
+from qkv.train.evaluate import Scores, evaluate
+from qkv.train.example import Examples
+from qkv.train.progress import Board, Watch
+from qkv.train.recipe import Recipe, fitted
+from qkv.train.run import Moment, Run
+from qkv.train.task import Task
+
+
+class Stopped(Exception):
+    """Training was asked to stop; all is saved. `code` is the exit status that fits the signal."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def start(recipe: Recipe, folder: Path, base: Path) -> Run:
+    """Make a run: train its tokenizers, and set the model's vocabularies from them."""
+    tokenizers = train_tokenizers(recipe.data, base)
+    model = fitted(recipe.model, tokenizers.source.size, tokenizers.target.size)
+    return Run.create(folder, edit(recipe, "model", model), base, tokenizers)
+
+
+class Trainer:
+    """One run in training: the model, its optimiser, and where it stands.
+
+    A resumed run continues bit for bit: model, optimiser, position in the data and every random state are saved.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe, self.settings = run, run.recipe, run.recipe.train
+        device = self.settings.device
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.manual_seed(self.settings.seed)
+        self.model = self.recipe.model.build().to(self.device).recompute(self.settings.recompute)
+        self.task = Task(self.model, run.tokenizers)
+        self.optimizer = self.recipe.optimizer.build(self.model)
+        self.examples = Examples(self.recipe, run.tokenizers, run.base)
+        self.step, self.seconds, self.worse = 0, 0.0, 0
+        self.best: float | None = None
+        if run.last is not None:
+            self.restore(run.moment())
+
+    # --- what is kept ---
+
+    def moment(self) -> Moment:
+        tensors = {
+            f"{name}:{key}": value.cpu()
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        tensors |= {"random": torch.get_rng_state(), "corruption": self.examples.generator.get_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        data = self.examples.training.state()
+        values = {"data": data, "best": self.best, "worse": self.worse, "seconds": self.seconds}
+        return Moment(self.step, tensors, values)
+
+    def restore(self, moment: Moment) -> None:
+        self.model.load_state_dict(self.run.model(last=True).state_dict())
+        self.step, tensors = moment.step, moment.tensors
+        self.best, self.worse, self.seconds = (moment.values[key] for key in ("best", "worse", "seconds"))
+        self.examples.training.restore(moment.values["data"])
+        self.examples.generator.set_state(tensors.pop("corruption"))
+        torch.set_rng_state(tensors.pop("random"))
+        if "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors.pop("random.cuda"), self.device)
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in tensors.items():
+            parameter, _, key = name.partition(":")
+            on = tensor if key == "step" and self.device.type == "cpu" else tensor.to(self.device)
+            self.optimizer.state[parameters[parameter]][key] = on
+        self.run.forget_after(self.step)
+
+    # --- one step ---
+
+    def learn(self, examples: Sequence[Example]) -> float:
+        """One step on several batches, as if they were one → the loss in nats per token."""
+        tokens, total = sum(example.tokens for example in examples), 0.0
+        bf16 = self.settings.precision == "bf16"
+        for example in examples:
+            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                loss = self.recipe.objective.loss(self.model, example.to(self.device)) / tokens
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+        if not math.isfinite(total) or not bool(torch.isfinite(norm)):
+            raise QkvError(
+                f"the {'loss' if not math.isfinite(total) else 'gradient'} stopped being a number at step "
+                f"{self.step + 1}: lower optimizer.lr or lengthen its warm-up; {self.kept()}"
+            )
+        factor = self.recipe.optimizer.schedule.factor(self.step + 1, self.settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.optimizer.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def kept(self) -> str:
+        return f"the last checkpoint is {self.run.folder / self.run.last}" if self.run.last else "nothing was saved yet"
+
+    # --- the loop ---
+
+    def train(self) -> Run:
+        """Train to the end; `Stopped` after a signal or the time limit."""
+        settings, self.model = self.settings, self.model.train()
+        board = Board(self.run.folder / "tensorboard", self.step)
+        began, spent = time.monotonic(), self.seconds
+        window: dict[str, float] = {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0}
+        with Watch(settings.steps, self.step) as watch, listening() as asked:
+            while self.step < settings.steps:
+                clock = time.perf_counter()
+                examples = [self.examples.next() for _ in range(settings.accumulate)]
+                window["loss"] += self.learn(examples)
+                window["tokens"] += sum(example.tokens for example in examples)
+                window["steps"] += 1
+                window["seconds"] += time.perf_counter() - clock
+                self.seconds = spent + time.monotonic() - began
+                if self.step % settings.log_every == 0 or self.step == settings.steps:
+                    self.report(window, watch, board)
+                    window = dict.fromkeys(window, 0)
+                last = self.step == settings.steps
+                better = False
+                if self.recipe.data.valid is not None and (last or self.step % settings.evaluate_every == 0):
+                    better = self.judge(watch, board)
+                late = settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes
+                if better or last or late or asked or self.step % settings.save_every == 0:
+                    self.run.save(self.model, self.moment(), best=better)
+                if (late or asked) and not last:
+                    code = 128 + asked[0] if asked else 0
+                    raise Stopped(
+                        f"stopped at step {self.step:,} of {settings.steps:,} and saved; "
+                        f"go on with: qkv train --resume {self.run.folder}", code,
+                    )  # fmt: skip
+                if settings.patience is not None and self.worse >= settings.patience:
+                    watch.say(f"no better score in {self.worse} evaluations: done at step {self.step:,}")
+                    break
+        board.close()
+        return self.run
+
+    def report(self, window: dict[str, float], watch: Watch, board: Board) -> None:
+        values = {
+            "loss": window["loss"] / window["steps"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": window["tokens"] / window["seconds"],
+        }
+        watch.step(self.step, values)
+        board.add(self.step, "train", values)
+        self.run.log({"step": self.step, "split": "train", "seconds": round(self.seconds, 1), **values})
+
+    def judge(self, watch: Watch, board: Board) -> bool:
+        """Evaluate on the validation set → whether it was the best so far."""
+        valid = self.recipe.data.valid
+        assert valid is not None
+        scores: Scores = evaluate(
+            self.task, self.recipe, valid, self.run.base, examples=self.recipe.evaluation.examples
+        )
+        metric = self.recipe.evaluation.metric
+        names = [name for name in scores.values if name not in ("loss", "perplexity")] or ["loss"]
+        value = scores.values[names[0]]
+        better = self.best is None or (value > self.best if metric.higher else value < self.best)
+        self.best, self.worse = (value, 0) if better else (self.best, self.worse + 1)
+        watch.say(f"step {self.step:,}  " + "  ".join(f"{name} {x:.3f}" for name, x in scores.values.items()))
+        board.add(self.step, "valid", scores.values)
+        self.run.log({"step": self.step, "split": "valid", "seconds": round(self.seconds, 1), **scores.values})
+        return better
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[int]]:
+    """Collects Ctrl-C and a polite kill until the block ends, so that a step is never cut; a second one is not kept."""
+    asked: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, hear)
+    except ValueError:
+        pass  # not in the main thread: signals are not ours to hear
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

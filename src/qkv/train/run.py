@@ -1,0 +1,125 @@
+"""The folder of one training run: recipe, tokenizers, metrics, checkpoints."""
+
+import dataclasses as dc
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qkv.checkpoints.weights import load_model, load_tensors, read_json, save_model, save_tensors
+from qkv.checkpoints.whole import whole_folder, write_text
+from qkv.data import Tokenizers
+from qkv.errors import QkvError
+from qkv.models import Module
+from qkv.spec import dump, load
+from qkv.train.recipe import Recipe
+
+RUN, METRICS, TRAINER, SIZES = "run.json", "metrics.jsonl", "trainer", "sizes.json"
+
+
+@dc.dataclass
+class Moment:
+    """All that training needs to go on as if it had never stopped, besides the model."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    """The optimiser's, and the states of the random generators."""
+    values: dict[str, Any]
+    """The position in the data, the best score, the time spent."""
+
+
+class Run:
+    """A run folder. Checkpoints appear whole: a folder is renamed into place, then run.json is made to point at it.
+
+    run.json            recipe, the recipe's folder, and which checkpoints are last and best
+    tokenizer.json      and target_tokenizer.json, where the target has its own
+    metrics.jsonl       a line for each logged step and evaluation
+    step-00001000/      spec.json, model.safetensors, trainer.json, trainer.safetensors
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / RUN).is_file():
+            raise QkvError(f"{folder} is no run: it has no {RUN}; `qkv train RECIPE` makes one")
+        facts = read_json(folder / RUN)
+        self.base = Path(facts["base"])
+        self.last: str | None = facts["last"]
+        self.best: str | None = facts["best"]
+        self.recipe: Recipe = load(facts["recipe"], Recipe, str(folder / RUN))
+        self.tokenizers = Tokenizers.load(folder, self.recipe.data)
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe, base: Path, tokenizers: Tokenizers) -> "Run":
+        """Start a run in a folder that holds none."""
+        if (folder / RUN).exists():
+            raise QkvError(f"{folder} holds a run already: `qkv train --resume {folder}` continues it, or name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizers.save(folder)
+        facts = {"recipe": dump(recipe), "base": str(base.resolve()), "last": None, "best": None}
+        write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False))
+        return cls(folder)
+
+    # --- checkpoints ---
+
+    def save(self, model: Module, moment: Moment, *, best: bool) -> None:
+        """Add a checkpoint, and drop those that are neither last nor best any more."""
+        name = f"step-{moment.step:08d}"
+        with whole_folder(self.folder / name) as part:
+            save_model(model, part)
+            save_tensors(moment.tensors, part / f"{TRAINER}.safetensors")
+            write_text(part / f"{TRAINER}.json", json.dumps({"step": moment.step, **moment.values}))
+            sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+            write_text(part / SIZES, json.dumps(sizes))
+        self.last, self.best = name, name if best else self.best
+        self.point()
+        for folder in self.folder.glob("step-*"):
+            if folder.name not in (self.last, self.best):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def point(self) -> None:
+        facts = read_json(self.folder / RUN)
+        write_text(self.folder / RUN, json.dumps({**facts, "last": self.last, "best": self.best}, indent=2))
+
+    def checkpoint(self, name: str | None) -> Path:
+        """The folder of a checkpoint, seen to be complete."""
+        if name is None:
+            raise QkvError(f"{self.folder} has no checkpoint yet: `qkv train --resume {self.folder}` makes one")
+        folder = self.folder / name
+        sizes = read_json(folder / SIZES)
+        for file, size in sizes.items():
+            found = (folder / file).stat().st_size if (folder / file).exists() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
+                raise QkvError(f"{folder / file} {state}: the run is incomplete, copy it again")
+        return folder
+
+    def model(self, *, last: bool = False) -> Module:
+        """The best model so far, or the last."""
+        return load_model(self.checkpoint(self.last if last or self.best is None else self.best))
+
+    def moment(self) -> Moment:
+        """Where training stopped."""
+        folder = self.checkpoint(self.last)
+        values = read_json(folder / f"{TRAINER}.json")
+        return Moment(values.pop("step"), load_tensors(folder / f"{TRAINER}.safetensors"), values)
+
+    # --- metrics ---
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged after a step that training goes back to."""
+        kept: Sequence[dict[str, Any]] = [line for line in self.metrics() if line["step"] <= step]
+        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
