@@ -1,6 +1,7 @@
 """Attention through torch's scaled_dot_product_attention."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def fused(
     choice. Raises QkvError where shapes do not fit. Dao et al. 2022.
     """
     check(q, k, v, mask, dropout)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        # On a CPU the bfloat16 backward of short sequences takes more than twice as long as this, casts included.
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "scale": scale, "dropout": dropout}
+        with torch.autocast("cpu", enabled=False):
+            return fused(q.float(), k.float(), v.float(), **options).to(q.dtype)
     # torch's own causal flag is aligned to the first key and excludes a mask; ours is aligned to the last key.
     aligned = causal and mask is None and bias is None and q.shape[2] == k.shape[2]
     mask = conjoined(mask, causal and not aligned, q, k)
@@ -37,11 +43,4 @@ def fused(
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # the flash path knows 2 and 4 dimensions only
     grouped = q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        # On a CPU the bfloat16 backward takes five times as long as the fp32 one, casts included.
-        with torch.autocast("cpu", enabled=False):
-            full = F.scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), mask, dropout, aligned, scale=scale, enable_gqa=grouped
-            )
-        return full.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, aligned, scale=scale, enable_gqa=grouped)
