@@ -14,8 +14,8 @@ for `word` and `wordpiece` each such character is a word, and decoding sets no s
 Training gives the same tokenizer for the same text. The library does not (its hash maps have a random order, which
 reaches the WordPiece and unigram vocabularies), so those two are put in order below.
 
-The library runs batches on all cores, unless the environment says TOKENIZERS_PARALLELISM=false, and goes down to one
-in a process that was forked afterwards; there is nothing to set here.
+The library runs batches on all cores, unless TOKENIZERS_PARALLELISM or RAYON_NUM_THREADS in the environment says
+otherwise, and goes on working in a process that was forked; so there is nothing to set here.
 """
 
 import codecs
