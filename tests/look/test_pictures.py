@@ -164,13 +164,6 @@ def test_another_ending_is_refused_and_nothing_is_written(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError):
-        pictures.write_whole(tmp_path / "taken", b"data")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
 def test_tensors_of_any_kind_are_taken():
     tensor = torch.softmax(torch.randn(2, 3, requires_grad=True), -1).bfloat16()
     array = pictures.attention_array(tensor, (2, 3))

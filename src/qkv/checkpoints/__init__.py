@@ -1,5 +1,1 @@
-"""Weights on disk, and where they come from."""
-
-from qkv.checkpoints.weights import load_model, save_model
-
-__all__ = ["load_model", "save_model"]
+"""Weights on disk, and where they come from. Importing the room imports no torch; its files do."""

@@ -42,10 +42,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write a file whole or not at all."""
     with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+        part.write_bytes(data)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, in UTF-8, whole or not at all."""
+    return write_bytes(path, text.encode())
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ def run(folder: Path, settings: Sequence[str], out: TextIO) -> None:
 
     from qkv.checkpoints.pull import pull
     from qkv.data.cmudict import write_pairs
-    from qkv.look import report
+    from qkv.look import write_report
     from qkv.recipes import find
     from qkv.train import Run, Task, Trainer, evaluate, load_recipe, start
 
@@ -44,7 +44,7 @@ def run(folder: Path, settings: Sequence[str], out: TextIO) -> None:
     for name, answers in zip(NAMES, task.predict(NAMES, trained.recipe.evaluation.search), strict=True):
         table.add_row(name, answers[0].text)
     console.print(table)
-    path = report(
+    path = write_report(
         trained, task, folder / "report.html", title="Spelling to sound", scores=scores, texts=[*SHOWN, *NAMES[:4]]
     )
     console.print(f"[bold]5[/]  The report, with what each sound looked at: {path}")

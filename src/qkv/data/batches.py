@@ -41,7 +41,7 @@ class Data(Spec):
     target_tokenizer: TokenizerSpec | None = None
     max_tokens: int = 256
     context: int = 256
-    pool: int = 100_000
+    pool: int = 200_000
 
     def check(self) -> None:
         given = (self.source is not None, self.target is not None, self.text is not None)

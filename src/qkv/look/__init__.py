@@ -1,9 +1,9 @@
 """Pictures and tables of what a model is and does."""
 
 from qkv.look.attention import Attended, attend
-from qkv.look.inspect import Inspection, Node, inspect
+from qkv.look.inspection import Inspection, Node, inspect
 from qkv.look.pictures import attention_grid, attention_map, curves
-from qkv.look.run import report
+from qkv.look.run import write_report
 
 __all__ = [
     "Attended",
@@ -14,5 +14,5 @@ __all__ = [
     "attention_map",
     "curves",
     "inspect",
-    "report",
+    "write_report",
 ]

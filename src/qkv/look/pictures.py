@@ -3,7 +3,6 @@
 Each picture has two functions: `draw_…` returns the matplotlib figure, the other saves it as PNG or SVG.
 """
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qkv.checkpoints.whole import write_bytes
 from qkv.errors import QkvError
 from qkv.look.fonts import font_for, require, shown
 
@@ -182,19 +182,7 @@ def save(figure: "Figure", path: Path) -> Path:
         raise QkvError(f"{path}: found the ending {path.suffix!r}, expected .png or .svg")
     buffer = BytesIO()
     figure.savefig(buffer, format=kind, dpi=160, bbox_inches="tight", pad_inches=0.12)
-    return write_whole(path, buffer.getvalue())
-
-
-def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file by way of a neighbour that takes its place at the end, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        neighbour.write_bytes(data)
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)
-    return path
+    return write_bytes(path, buffer.getvalue())
 
 
 def _draw_maps(array: Floats, rows: Sequence[str], columns: Sequence[str], cell: float) -> "Figure":

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from qkv.checkpoints.whole import write_bytes
 from qkv.look.fonts import require, shown
-from qkv.look.pictures import Curve, Floats, Weights, attention_array, panel_title, read_curves, write_whole
+from qkv.look.pictures import Curve, Floats, Weights, attention_array, panel_title, read_curves
 
 LEVELS = "abcdefghijklmnopqrst"  # classes of a cell: equal steps of the square root of its weight
 MOST_POINTS = 240  # of one curve: more are not seen at the width of a page
@@ -65,7 +66,7 @@ class Report:
 
 def write(report: Report, path: Path) -> Path:
     """Write the report as one HTML file, whole or not at all."""
-    return write_whole(Path(path), render(report).encode())
+    return write_bytes(Path(path), render(report).encode())
 
 
 def render(report: Report) -> str:

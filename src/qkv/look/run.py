@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qkv.look.attention import attend
 from qkv.look.report import AttentionView, Report, Sample, write
 from qkv.train import Run, Scores, Task
+
+T = TypeVar("T")
 
 MEANING = {
     "loss": "nats per token on held-out text; lower is better",
@@ -18,7 +20,7 @@ MEANING = {
 }
 
 
-def report(
+def write_report(
     run: Run, task: Task, path: Path, *, title: str, scores: Scores | None = None, texts: Sequence[str] = (),
     shown: int = 40,
 ) -> Path:  # fmt: skip
@@ -26,7 +28,7 @@ def report(
     values: dict[str, float] = scores.values if scores is not None else {}
     samples = [
         Sample(sample.source, sample.prediction.text, sample.references)
-        for sample in (scores.samples[:shown] if scores is not None else [])
+        for sample in spread(scores.samples if scores is not None else [], shown)
     ]
     return write(
         Report(
@@ -39,6 +41,11 @@ def report(
         ),
         path,
     )
+
+
+def spread(samples: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many, evenly from the first to the last."""
+    return [samples[n * len(samples) // most] for n in range(most)] if len(samples) > most else samples
 
 
 def summary(run: Run, task: Task) -> list[tuple[str, str]]:

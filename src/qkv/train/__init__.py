@@ -1,6 +1,6 @@
 """Recipes, the loop that carries them out, and the runs that it leaves."""
 
-from qkv.train.evaluate import Sample, Scores, evaluate
+from qkv.train.evaluation import Sample, Scores, evaluate
 from qkv.train.loop import Stopped, Trainer, start
 from qkv.train.metric import BLEU, ChrF, ErrorRate, Metric, ValidationLoss
 from qkv.train.optimizer import WSD, AdamW, Constant, Cosine, InverseSqrt, Optimizer, Schedule

@@ -15,7 +15,7 @@ from qkv.data import train_tokenizers
 from qkv.errors import QkvError
 from qkv.objectives import Example
 from qkv.spec import edit
-from qkv.train.evaluate import Scores, evaluate
+from qkv.train.evaluation import Scores, evaluate
 from qkv.train.example import Examples
 from qkv.train.progress import Board, Watch
 from qkv.train.recipe import Recipe, fitted
