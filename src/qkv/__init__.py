@@ -1,3 +1,52 @@
-"""qkv: the whole Transformer family from one set of parts. Importing this module imports no torch."""
+"""qkv: the whole Transformer family from one set of parts.
+
+>>> import qkv
+>>> model = qkv.load("runs/translate")            # a run, or the folder of one of its checkpoints
+>>> print(model.spec)                             # Python that rebuilds it
+>>> spec = qkv.edit(model.spec, "**.norm", qkv.parts.RMSNorm())
+>>> print(*qkv.diff(model.spec, spec), sep="\\n")
+>>> model = spec.build()
+
+Importing this module imports no torch: what needs it is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qkv.errors import QkvError
+from qkv.spec import Spec, diff, dump, edit, part
+
+if TYPE_CHECKING:
+    from qkv import decode, masks, models, parts, train, zoo
+    from qkv.context import Tap
+    from qkv.look.inspection import inspect
+    from qkv.train.run import Run, load
+    from qkv.train.task import Task
+    from qkv.zoo import spec_of as preset
 
 __version__ = "0.1.0"
+
+# fmt: off
+__all__ = [
+    "QkvError", "Run", "Spec", "Tap", "Task", "decode", "diff", "dump", "edit", "inspect", "load",
+    "masks", "models", "part", "parts", "preset", "train", "zoo",
+]
+# fmt: on
+
+_LATER = {
+    "Run": ("qkv.train", "Run"),
+    "Tap": ("qkv.context", "Tap"),
+    "Task": ("qkv.train", "Task"),
+    "inspect": ("qkv.look.inspection", "inspect"),
+    "load": ("qkv.train.run", "load"),
+    "preset": ("qkv.zoo", "spec_of"),
+    **{room: (f"qkv.{room}", None) for room in ("decode", "masks", "models", "parts", "train", "zoo")},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'qkv' has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    found = import_module(module)
+    return found if attribute is None else getattr(found, attribute)

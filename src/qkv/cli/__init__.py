@@ -1,5 +1,5 @@
 """The command line: thin commands that parse, call and show. Nothing heavy is imported before a command runs."""
 
-from qkv.cli.main import main
+from qkv.cli.program import main
 
 __all__ = ["main"]

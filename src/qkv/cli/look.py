@@ -72,9 +72,13 @@ def inspect(
 ) -> None:
     """Show a model as a tree of parts: shapes, parameters, FLOPs and cache bytes."""
     from qkv.look import inspect as examine
-    from qkv.train.recipe import fitted
+    from qkv.spec import edit
+    from qkv.train.recipe import vocabularies
 
-    spec = fitted(spec_of(model), vocabulary, vocabulary)
+    spec = spec_of(model)
+    for path, size in vocabularies(spec).items():
+        if size is None:
+            spec = edit(spec, path, vocabulary)
     inspection = examine(spec, length)
     if as_json:
         print(json.dumps(dc.asdict(inspection), indent=2))

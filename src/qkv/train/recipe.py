@@ -10,7 +10,7 @@ from qkv.decode import Greedy, Search
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Model
 from qkv.objectives import Objective
-from qkv.spec import Spec, discover, edit, load, matches, part, walk
+from qkv.spec import Spec, discover, edit, load, part, walk
 from qkv.train.metric import Metric, ValidationLoss
 from qkv.train.optimizer import AdamW, Optimizer
 from qkv.zoo import spec_of
@@ -142,12 +142,15 @@ def leaves(table: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def vocabularies(model: Model) -> dict[str, int | None]:
+    """Path → size of each vocabulary in a model."""
+    return {path: value for path, value in walk(model) if path.split(".")[-1] == "vocab"}
+
+
 def fitted(model: Model, source: int, target: int) -> Model:
     """The model's vocabularies, where they are not set, from the tokenizers' sizes; a set one must be large enough."""
-    for path, value in list(walk(model)):
-        if path.split(".")[-1] != "vocab":
-            continue
-        size = target if matches("target.vocab", path) else source
+    for path, value in vocabularies(model).items():
+        size = target if path == "target.vocab" else source
         if value is None:
             model = edit(model, path, size)
         elif value < size:

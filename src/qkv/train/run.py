@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from qkv.checkpoints.weights import load_model, load_tensors, read_json, save_model, save_tensors
+from qkv.checkpoints.weights import SPEC, load_model, load_tensors, read_json, save_model, save_tensors
 from qkv.checkpoints.whole import whole_folder, write_text
 from qkv.data import Tokenizers
 from qkv.errors import QkvError
 from qkv.models import Module
-from qkv.spec import dump, load
+from qkv.spec import dump, nearest
+from qkv.spec import load as load_spec
 from qkv.train.recipe import Recipe
 
 RUN, METRICS, TRAINER, SIZES = "run.json", "metrics.jsonl", "trainer", "sizes.json"
@@ -48,7 +49,7 @@ class Run:
         self.base = Path(facts["base"])
         self.last: str | None = facts["last"]
         self.best: str | None = facts["best"]
-        self.recipe: Recipe = load(facts["recipe"], Recipe, str(folder / RUN))
+        self.recipe: Recipe = load_spec(facts["recipe"], Recipe, str(folder / RUN))
         self.tokenizers = Tokenizers.load(folder, self.recipe.data)
 
     @classmethod
@@ -123,3 +124,15 @@ class Run:
         """Drop what was logged after a step that training goes back to."""
         kept: Sequence[dict[str, Any]] = [line for line in self.metrics() if line["step"] <= step]
         write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def load(path: str | Path) -> Module:
+    """The model in a run's folder (its best checkpoint) or in the folder of one checkpoint, in evaluation mode."""
+    folder = Path(path)
+    if (folder / RUN).is_file():
+        return Run(folder).model()
+    if (folder / SPEC).is_file():
+        return load_model(folder)
+    around = [beside.name for beside in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    guess = "" if folder.is_dir() else nearest(folder.name, around)
+    raise QkvError(f"{folder} holds no model: neither {RUN} nor {SPEC} is there{guess}")

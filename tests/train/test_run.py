@@ -1,0 +1,93 @@
+"""Run folders: made once, opened whole, refused when damaged."""
+
+import json
+
+import pytest
+
+from qkv.errors import QkvError
+from qkv.train import Run, Trainer
+from tests.train.small import recipe, small_run
+
+
+@pytest.fixture
+def trained(tmp_path):
+    run = small_run(tmp_path, "train.steps=4")
+    Trainer(run).train()
+    return run.folder
+
+
+def test_a_run_opens_as_it_was(trained, tmp_path):
+    opened = Run(trained)
+    assert opened.recipe.train.steps == 4 and opened.base == tmp_path
+    assert opened.recipe.model.source.vocab == opened.tokenizers.source.size
+    assert opened.model().spec == opened.recipe.model
+    assert not opened.model().training
+
+
+def test_a_folder_without_a_run_or_with_one(trained, tmp_path):
+    with pytest.raises(QkvError, match="is no run: it has no run.json"):
+        Run(tmp_path)
+    with pytest.raises(QkvError, match="holds a run already: `qkv train --resume"):
+        small_run(tmp_path)
+
+
+def cut(folder):
+    path = next(folder.glob("step-*")) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def lose_weights(folder):
+    (next(folder.glob("step-*")) / "model.safetensors").unlink()
+
+
+def lose_sizes(folder):
+    (next(folder.glob("step-*")) / "sizes.json").unlink()
+
+
+def lose_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def cut_run(folder):
+    path = folder / "run.json"
+    path.write_text(path.read_text()[:-20])
+
+
+def other_weights(folder):
+    checkpoint = next(folder.glob("step-*"))
+    spec = json.loads((checkpoint / "spec.json").read_text())
+    spec["source"]["vocab"] += 1
+    (checkpoint / "spec.json").write_text(json.dumps(spec))
+    sizes = json.loads((checkpoint / "sizes.json").read_text())
+    sizes["spec.json"] = (checkpoint / "spec.json").stat().st_size
+    (checkpoint / "sizes.json").write_text(json.dumps(sizes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, r"model.safetensors has [\d,]+ of [\d,]+ bytes: the run is incomplete, copy it again"),
+        (lose_weights, r"model.safetensors is missing: the run is incomplete"),
+        (lose_sizes, r"sizes.json does not exist: the folder is incomplete"),
+        (lose_tokenizer, r"tokenizer.json does not exist"),
+        (cut_run, r"run.json is not sound JSON"),
+        (other_weights, r"'source.tokens.weight' has the shape \(10, 32\), the model's is \(11, 32\)"),
+    ],
+)
+def test_a_half_copied_run_says_what_is_missing(trained, damage, words):
+    damage(trained)
+    with pytest.raises(QkvError, match=words):
+        Run(trained).model()
+
+
+def test_a_run_that_was_never_saved(tmp_path):
+    with pytest.raises(QkvError, match="has no checkpoint yet"):
+        small_run(tmp_path).model()
+
+
+def test_resume_refuses_data_that_changed(trained, tmp_path):
+    recipe(tmp_path)  # writes the data anew, the same
+    Trainer(Run(trained))
+    (tmp_path / "train.tsv").write_text("word\tback\na\tb\n", encoding="utf-8")
+    with pytest.raises(QkvError, match="the training data has no batch"):
+        Trainer(Run(trained))
