@@ -6,7 +6,7 @@ number of tokens before it, whatever side the caller's padding was on.
 
 import dataclasses as dc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from qkv.errors import QkvError
 from qkv.masks import Full, Mask
 from qkv.spec import matches
+
+TileOf: TypeAlias = Callable[[slice, slice], Tensor | None]
+"""(rows, columns) → what stands for these queries and keys."""
 
 
 @dc.dataclass(eq=False, slots=True)
@@ -24,12 +27,12 @@ class View:
     """1|B S: the positions of the keys."""
     slots: Tensor | None = None
     """1|B T: where the cell writes the new keys; None is the next ones in a row."""
-    mask: Tensor | Callable[[slice, slice], Tensor | None] | None = None
+    mask: Tensor | TileOf | None = None
     """Booleans that broadcast to B H T S, true where a key may be seen; or a function of a tile, for long sequences."""
     causal: bool = False
     """Query i sees key j where j ≤ i, and `mask` is None."""
-    bias: Tensor | None = None
-    """Added to the scores; broadcasts to B H T S."""
+    bias: Tensor | TileOf | None = None
+    """Added to the scores; broadcasts to B H T S; or a function of a tile, if nothing in it is learned."""
     table: Any = None
     """The position's rotation table for the tokens of this pass."""
 
@@ -69,9 +72,11 @@ class Recording:
         self.tap, self.order, self.sealed = tap, order, False
 
     def wants(self, path: str) -> bool:
-        return not self.sealed and any(matches(pattern, path) for pattern in self.tap.patterns)
+        return any(matches(pattern, path) for pattern in self.tap.patterns)
 
     def keep(self, path: str, value: Tensor, tokens: tuple[int, ...]) -> None:
+        if self.sealed:
+            return
         if self.order is not None:
             back = self.order.argsort(1)
             for dim in tokens:

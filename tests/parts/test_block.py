@@ -21,9 +21,15 @@ def tokens(rows: int = 2) -> Tensor:
 
 @pytest.mark.parametrize(
     "norms",
-    [{}, {"pre": LayerNorm()}, {"post": LayerNorm()}, {"pre": RMSNorm(), "out": DyT()}, {"pre": RMSNorm(), "out": DyT(), "post": LayerNorm(), "gate": LayerScale()}],
+    [
+        {},
+        {"pre": LayerNorm()},
+        {"post": LayerNorm()},
+        {"pre": RMSNorm(), "out": DyT()},
+        {"pre": RMSNorm(), "out": DyT(), "post": LayerNorm(), "gate": LayerScale()},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_branch_is_its_equation(norms):
     branch, x = wild(Branch(F, **norms).build(C)), tokens()
     at = {name: getattr(branch, name) or torch.nn.Identity() for name in ("pre", "out", "gate", "post")}
@@ -60,7 +66,9 @@ def test_dropout_acts_on_what_is_added_and_in_training_only():
     torch.testing.assert_close(branch.eval()(x, CONTEXT), x + delta)
 
 
-@pytest.mark.parametrize("options", [{"dropout": 1.0}, {"dropout": -0.1}, {"survival": 0.0}, {"survival": 1.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"dropout": 1.0}, {"dropout": -0.1}, {"survival": 0.0}, {"survival": 1.1}], ids=str
+)
 def test_chances_are_chances(options):
     with pytest.raises(QkvError, match=r"dropout lies in \[0, 1\) and survival in \(0, 1\]"):
         Branch(F, **options)

@@ -15,13 +15,17 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(-1, keepdim=True)
 
 
+def variance(x: Tensor) -> Tensor:
+    return mean(x**2) - mean(x) ** 2
+
+
 FORMULAS = {
-    "layernorm": (LayerNorm(), lambda m, x: m.weight * (x - mean(x)) / (mean(x**2) - mean(x) ** 2 + 1e-5) ** 0.5 + m.bias),
-    "layernorm, wide eps": (LayerNorm(eps=0.5), lambda m, x: m.weight * (x - mean(x)) / (mean((x - mean(x)) ** 2) + 0.5) ** 0.5 + m.bias),
+    "layernorm": (LayerNorm(), lambda m, x: m.weight * (x - mean(x)) / (variance(x) + 1e-5) ** 0.5 + m.bias),
+    "layernorm, ε": (LayerNorm(eps=0.5), lambda m, x: m.weight * (x - mean(x)) / (variance(x) + 0.5) ** 0.5 + m.bias),
     "rmsnorm": (RMSNorm(), lambda m, x: m.weight * x / (mean(x**2) + 1e-6) ** 0.5),
-    "rmsnorm, wide eps": (RMSNorm(eps=0.5), lambda m, x: m.weight * x / (mean(x**2) + 0.5) ** 0.5),
+    "rmsnorm, ε": (RMSNorm(eps=0.5), lambda m, x: m.weight * x / (mean(x**2) + 0.5) ** 0.5),
     "dyt": (DyT(), lambda m, x: m.weight * torch.tanh(m.alpha * x) + m.bias),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -37,7 +41,7 @@ def test_fresh_norms_start_as_they_say():
     assert DyT(alpha=0.7).build(C).alpha.item() == pytest.approx(0.7)
     x = torch.randn(4, 100, dtype=torch.float64, generator=seeded()) * 3 + 2
     out = LayerNorm().build(100).double()(x)
-    torch.testing.assert_close((out.mean(-1), out.std(-1, correction=0)), (torch.zeros(4).double(), torch.ones(4).double()), rtol=0, atol=1e-5)  # fmt: skip
+    assert out.mean(-1).abs().max() < 1e-9 and (out.std(-1, correction=0) - 1).abs().max() < 1e-5
 
 
 # --- over the batch ---

@@ -41,8 +41,8 @@ def by_hand(stack, order: list[int]) -> torch.Tensor:
     """The named layers one after the other, each in a stack of its own."""
     x = tokens()
     for n in order:
-        one = Stack(stack.spec.layers[n], depth=1, shared=stack.spec.shared).build(C).double()
-        one.load_state_dict({**{f"0.{k}": v for k, v in stack._modules[str(n)].state_dict().items()}, **{k: v for k, v in stack.state_dict().items() if k.startswith("shared")}})  # fmt: skip
+        one = Stack(stack.spec.layers[n], depth=1).build(C).double()
+        one.load_state_dict({f"0.{name}": value for name, value in stack._modules[str(n)].state_dict().items()})
         x = one(x, context())
     return x
 
@@ -80,7 +80,8 @@ def test_shared_layers_are_counted_once_and_learn_from_each_use():
 
 
 def test_names_in_a_state_dict():
-    spec = Sequence(C, embed=Tokens(vocab=11, position=Learned(9)), stack=Stack((A, B), depth=2), norm=LayerNorm(), head=Head(bias=True))  # fmt: skip
+    embed, stack = Tokens(vocab=11, position=Learned(9)), Stack((A, B), depth=2)
+    spec = Sequence(C, embed=embed, stack=stack, norm=LayerNorm(), head=Head(bias=True))
     assert set(spec.build().state_dict()) == {
         "embed.tokens.weight", "embed.position.weight",
         "stack.0.attn.pre.weight", "stack.0.attn.pre.bias",
@@ -110,9 +111,10 @@ def test_a_table_of_its_own_in_each_layer_is_read_by_that_layer():
 
 
 def test_recomputing_runs_each_layer_twice_and_gives_the_same_gradients():
-    block = Block(attn=Branch(Attention(2, dropout=0.2), dropout=0.3, survival=0.7), ffn=Branch(FeedForward(7), dropout=0.3))  # fmt: skip
+    attn = Branch(Attention(2, dropout=0.2), dropout=0.3, survival=0.7)
+    block = Block(attn=attn, ffn=Branch(FeedForward(7), dropout=0.3))
     stack, runs = wild(Stack((block, B), depth=4, use=(0, 1, 0, 1)).build(C)), []
-    stack._modules["0"].register_forward_hook(lambda *_: runs.append(1))
+    stack._modules["0"].register_forward_pre_hook(lambda *_: runs.append(1))
     found = []
     for stack.recompute in (False, True):
         torch.manual_seed(3)
@@ -130,12 +132,12 @@ def test_recomputing_runs_each_layer_twice_and_gives_the_same_gradients():
 
 @pytest.mark.parametrize(
     "options",
-    [{"depth": 0}, {"depth": 2, "use": (0, 2)}, {"depth": 2, "use": (1, 1)}, {"depth": 2, "use": (0,)}, {"depth": 2, "use": (-1, 0)}, {"depth": 2, "use": ()}],
+    [(0, None), (2, (0, 2)), (2, (1, 1)), (2, (0,)), (2, (-1, 0)), (2, ())],
     ids=str,
-)  # fmt: skip
+)
 def test_layers_that_cannot_be_are_refused(options):
     with pytest.raises(QkvError):
-        Stack(A, **options)
+        Stack(A, depth=options[0], use=options[1])
 
 
 def test_editing_one_of_several_shared_layers_keeps_the_sharing():

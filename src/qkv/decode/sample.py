@@ -1,5 +1,6 @@
 """Tokens drawn at random."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,7 @@ class Sample(OneByOne):
     seed: int = 0
 
     def check(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise QkvError("the temperature is above 0; for the likeliest token take greedy")
         if self.top_k is not None and self.top_k < 1:
             raise QkvError("top_k keeps at least 1 token")
@@ -34,7 +35,7 @@ class Sample(OneByOne):
             raise QkvError("top_p lies in (0, 1] and min_p in [0, 1]")
 
     def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        generators = [torch.Generator().manual_seed((self.seed << 32) + seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(self.mixed(seed)) for seed in seeds]
 
         def choose(log_p: Tensor, rows: Tensor) -> Tensor:
             p, ids = self.kept(log_p)
@@ -44,6 +45,10 @@ class Sample(OneByOne):
             return ids.gather(1, at)[:, 0]
 
         return choose
+
+    def mixed(self, row: int) -> int:
+        """A seed of 32 bits, all that torch's generator uses, from the sampling's seed and the row's number."""
+        return int.from_bytes(hashlib.blake2b(f"{self.seed} {row}".encode(), digest_size=4).digest(), "big")
 
     def kept(self, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """log p: B V → the probabilities that remain (not normalised) and their ids, likeliest first."""

@@ -27,15 +27,15 @@ class Rows:
 
     def __init__(
         self, model: SequenceModel | EncoderDecoderModel, prompts: Sequence[Sequence[int]],
-        memory: Memory | None, most: int,
+        memory: Memory | None, limits: Sequence[int],
     ) -> None:  # fmt: skip
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        if not prompts or int(lengths.min()) == 0:
+        if not prompts or not all(prompts):
             raise QkvError("a prompt needs at least one token")
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=model.device)
         self.model = model
-        room = longest + most
+        room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) - 1
         if memory is None:
             self.state = model.new_state(len(prompts), room)
         else:
@@ -83,10 +83,14 @@ def decode(
     `limits[b]` bounds the new tokens of row b; `end` is the id that ends a row. An encoder-decoder reads
     `memory=model.encode(source)`. `seeds` tell sampled rows apart; by default their numbers.
     """
+    if len(limits) != len(prompts) or min(limits, default=1) < 1:
+        raise QkvError(f"{len(prompts)} prompts need as many limits of at least 1 token; found {list(limits)}")
+    if model.head is None:
+        raise QkvError("a model without a head says no tokens; give its spec one")
     training = model.training
     model.eval()
     try:
-        rows = Rows(model, prompts, memory, max(limits))
+        rows = Rows(model, prompts, memory, limits)
         return search.run(rows, limits, end, seeds if seeds is not None else range(len(prompts)))
     finally:
         model.train(training)

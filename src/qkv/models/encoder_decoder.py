@@ -4,7 +4,7 @@ from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
-from qkv.context import Tap, pack, take
+from qkv.context import Tap
 from qkv.masks import Causal, Full, Mask
 from qkv.models.model import Model, Module, new_state, run
 from qkv.parts.embed import TokenEmbedding, Tokens
@@ -56,7 +56,7 @@ class EncoderDecoderModel(Module):
         self.encoder, self.decoder = spec.encoder.build(spec.width), spec.decoder.build(spec.width)
         self.encoder_norm = spec.encoder_norm.build(spec.width) if spec.encoder_norm else None
         self.decoder_norm = spec.decoder_norm.build(spec.width) if spec.decoder_norm else None
-        self.head = spec.head.build(spec.width, len(self.embed.table))
+        self.head = spec.head.build(spec.width, self.embed.table)
 
     @property
     def embed(self) -> TokenEmbedding:
@@ -73,11 +73,11 @@ class EncoderDecoderModel(Module):
         **given: Tensor,
     ) -> Memory:
         """Source ids B S → what the decoder reads: `memory` B S C, packed left, and `memory_lengths` B if ragged."""
-        if valid is not None:
-            order, lengths = pack(valid)
-            ids = take(ids, order)
         parts = self.source, self.encoder, self.encoder_norm
-        memory = run(ids, parts, mask=Full(), path="encoder", given=given, lengths=lengths, tap=tap)
+        memory = run(
+            ids, parts, mask=Full(), path="encoder", given=given, valid=valid, lengths=lengths, tap=tap, unpack=False
+        )
+        lengths = lengths if valid is None else valid.sum(1)
         return Memory(memory=memory) if lengths is None else Memory(memory=memory, memory_lengths=lengths)
 
     def hidden(

@@ -55,10 +55,12 @@ def run(
     lengths: Tensor | None = None,
     state: State | None = None,
     tap: Tap | None = None,
+    unpack: bool = True,
 ) -> Tensor:
     """ids B T → B T C: pack the rows left, embed, run the stack, normalise, advance the state, unpack.
 
     `valid` (B T) marks the real tokens wherever they stand; `lengths` (B) says that rows are packed left already.
+    A memory stays packed (`unpack=False`).
     """
     embed, stack, norm = parts
     if ids.dim() != 2:
@@ -86,7 +88,7 @@ def run(
         state.advance(T, lengths)
     if recording is not None:
         recording.sealed = True
-    return x if order is None else take(x, order.argsort(1))
+    return x if order is None or not unpack else take(x, order.argsort(1))
 
 
 def new_state(

@@ -38,7 +38,7 @@ class SequenceModel(Module):
         self.embed = spec.embed.build(spec.width)
         self.stack = spec.stack.build(spec.width)
         self.norm = spec.norm.build(spec.width) if spec.norm else None
-        self.head = spec.head.build(spec.width, len(self.embed.table)) if spec.head else None
+        self.head = spec.head.build(spec.width, self.embed.table) if spec.head else None
 
     def hidden(
         self,

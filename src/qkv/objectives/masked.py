@@ -26,8 +26,8 @@ class MaskedTokens(Objective):
             raise QkvError("share lies in (0, 1], and hide and swap together in [0, 1]")
 
     def refuse(self, model: Model) -> None:
-        if not isinstance(model, Sequence) or model.mask.causal:
-            raise QkvError("masked tokens are predicted from both sides: take an encoder (a sequence with mask full)")
+        if not isinstance(model, Sequence) or model.mask.causal or model.head is None:
+            raise QkvError("masked tokens need an encoder: a sequence model with a head, whose mask is full")
 
     def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
         ids, lengths = batch.target, batch.target_lengths
@@ -37,9 +37,12 @@ class MaskedTokens(Objective):
         chance = torch.where(real, torch.rand(ids.shape, generator=generator), 2.0)
         chosen = chance < self.share
         if not bool(chosen.any()):
-            chosen = chance == chance.min()  # a batch too short to draw from still teaches one token
+            chosen = real & (chance == chance.min())  # a batch too short to draw from still teaches one token
         fate = torch.rand(ids.shape, generator=generator)
-        random = torch.randint(len(vocabulary.specials), vocabulary.size, ids.shape, generator=generator)
+        ordinary = torch.ones(vocabulary.size, dtype=torch.bool)
+        ordinary[list(vocabulary.specials)] = False
+        words = ordinary.nonzero()[:, 0]
+        random = words[torch.randint(len(words), ids.shape, generator=generator)]
         shown = torch.where(chosen & (fate < self.hide), vocabulary.mask, ids)
         shown = torch.where(chosen & (fate >= self.hide) & (fate < self.hide + self.swap), random, shown)
         return Example(shown, ragged(lengths, ids.shape[1]), ids[chosen], chosen)

@@ -24,8 +24,8 @@ class NextToken(Objective):
     label_smoothing: float = 0.0
 
     def refuse(self, model: Model) -> None:
-        if not isinstance(model, Sequence) or not model.mask.causal:
-            raise QkvError("next-token needs a decoder: a sequence model with the mask causal, whose future is hidden")
+        if not isinstance(model, Sequence) or not model.mask.causal or model.head is None:
+            raise QkvError("next-token needs a decoder: a sequence model with a head, whose mask is causal")
 
     def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
         return shifted(batch)

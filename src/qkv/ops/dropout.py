@@ -13,7 +13,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    dropped = round(p * 65536)
+    dropped = min(round(p * 65536), 65535)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = (bits[: x.numel()] >= dropped - 32768).view(x.shape)
     return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))

@@ -106,7 +106,7 @@ class Block(Spec):
         if not self.branches:
             raise QkvError("a block needs a branch: Block(attn=Branch(…))")
         for name in self.branches:
-            if not name.isidentifier() or hasattr(nn.Module, name) or name == "pre":
+            if not name.isidentifier() or hasattr(_Block, name) or name in ("pre", "spec", "training", "kind"):
                 raise QkvError(f"{name!r} cannot name a branch")
 
     def build(self, width: int) -> "_Block":

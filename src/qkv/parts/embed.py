@@ -37,6 +37,10 @@ class Tokens(Embedding):
     scaled: bool = False
     dropout: float = 0.0
 
+    def check(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise QkvError(f"dropout lies in [0, 1), not at {self.dropout}")
+
     def build(self, width: int) -> "TokenEmbedding":
         if self.vocab is None:
             raise QkvError("the vocabulary's size is not set: give vocab, or run a recipe, which takes the tokenizer's")

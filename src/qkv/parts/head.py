@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkv.errors import QkvError
 from qkv.ops import cross_entropy
 from qkv.spec import Spec, part
 
@@ -15,7 +16,11 @@ class Head(Spec):
     tied: bool = False
     bias: bool = False
 
-    def build(self, width: int, vocab: int) -> "VocabularyHead":
+    def build(self, width: int, table: Tensor) -> "VocabularyHead":
+        """The head of a model whose embedding's table (V E) is given."""
+        vocab, inner = table.shape
+        if self.tied and inner != width:
+            raise QkvError(f"a tied head of a model {width} wide needs a table as wide, not {inner}: untie it")
         return VocabularyHead(self, width, vocab)
 
 

@@ -1,5 +1,7 @@
 """Norms: a slot of a branch, of an embedding, of queries and keys. Every norm is called `norm(x, context)`."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from qkv.spec import Spec, part
 
 class Norm(Spec):
     """Builds a module `(x: … C, context | None) → … C`; only a norm over the batch needs the context."""
+
+    over_batch: ClassVar[bool] = False
+    """Whether its statistics run over the tokens of a batch."""
 
     def build(self, width: int) -> nn.Module:
         raise AssertionError(f"{type(self).__name__} does not say what it builds")
@@ -64,6 +69,8 @@ class BatchNorm(Norm):
 
     eps: float = 1e-5
     momentum: float = 0.1
+
+    over_batch: ClassVar[bool] = True
 
     def build(self, width: int) -> nn.Module:
         return _BatchNorm(self, width)

@@ -83,9 +83,10 @@ class _Stack(nn.Module):
         for n, block in enumerate(spec.layers):
             self.add_module(str(n), block.build(width))
         self.shared = nn.ModuleDict()
+        shapes: dict[str, tuple[int, int]] = {}
         for module in self.modules():
             if isinstance(module, SharedPosition):
-                module.bind(spec.shared or {}, self.shared)
+                module.bind(spec.shared or {}, self.shared, shapes)
         self.prepares = self.assign_views()
 
     def layer(self, n: int) -> _Block:

@@ -22,7 +22,7 @@ class Cross:
     def select(self, rows: Tensor) -> None:
         memories = rows // self.fold
         kept, counts = torch.unique_consecutive(memories, return_counts=True)
-        fold = int(counts[0])
+        fold = int(counts[0]) if len(counts) else 1
         if not bool((counts == fold).all()):
             kept, fold = memories, 1
         if len(kept) != len(self.k) or not torch.equal(kept, torch.arange(len(kept), device=kept.device)):

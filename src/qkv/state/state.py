@@ -76,6 +76,8 @@ class State:
         self.given = {name: value[rows] for name, value in self.given.items()}
         for cell in self:
             cell.select(rows)
+        if self.start is None and len(rows):
+            self.most = int(self.lengths.max())
         return self
 
     def mark(self) -> Mark:

@@ -29,8 +29,10 @@ class Examples:
         return TrainingBatches(self.recipe.data, self.tokenizers, size, seed=settings.seed, base=self.base)
 
     def next(self) -> Example:
-        """The next training example."""
-        return self.recipe.objective.example(next(self.training), self.vocabulary, self.generator)
+        """The next training example that teaches anything."""
+        while not (made := self.recipe.objective.example(next(self.training), self.vocabulary, self.generator)).tokens:
+            continue
+        return made
 
     def evaluation(self, files: str | tuple[str, ...]) -> Iterator[Example]:
         """Every example of a data set, once; what is random in them is the same each time."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 512
 """Tokens at a time: enough for an efficient product, few enough that the logits stay near the processor."""
@@ -18,6 +19,8 @@ def fused(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None,
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():
+        x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     return _Fused.apply(x, weight, labels, bias, smoothing)
 
 
@@ -55,6 +58,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = (None if saved is None else saved * gradient[0] for saved in ctx.saved_tensors)
         return dx, dw, None, db, None

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from qkv.context import Context, View
+from qkv.context import Context, TileOf, View
 from qkv.errors import QkvError
 from qkv.masks import Causal, Full, Mask
 from qkv.ops import attention
@@ -41,8 +41,17 @@ class Attention(Mixer):
     dropout: float = 0.0
 
     def check(self) -> None:
-        if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
+        groups = self.heads if self.kv_heads is None else self.kv_heads
+        if self.heads < 1 or groups < 1 or self.heads % groups:
             raise QkvError(f"{self.kv_heads} key-value heads do not divide {self.heads} heads")
+        if self.head_width is not None and self.head_width < 1:
+            raise QkvError(f"a head_width of {self.head_width} holds nothing; give at least 1")
+        if not 0 <= self.dropout < 1:
+            raise QkvError(f"dropout lies in [0, 1), not at {self.dropout}")
+        if self.over is not None and (self.mask != Full() or self.position is not None):
+            raise QkvError("a memory has no positions: leave out mask and position where over is given")
+        if self.norm is not None and self.norm.over_batch:
+            raise QkvError("queries and keys cannot be normalised over the batch, whose padding they do not know")
 
     def build(self, width: int) -> Body:
         if self.head_width is None and width % self.heads:
@@ -76,8 +85,10 @@ class _Attention(Body):
             return self.prepare_cross(context, cell)
         view = cell.plan(context, T) if isinstance(cell, KV) else View(seen=context.positions)
         assert view.seen is not None
+        if cell is not None:
+            self.spec.mask.refuse(context, T)
         mask, lengths = context.mask & self.spec.mask, context.lengths if cell is None else None
-        queries, keys, many = context.positions[:, :, None], view.seen[:, None, :], T * view.seen.shape[1] > LONG
+        queries, keys, long = context.positions[:, :, None], view.seen[:, None, :], T * view.seen.shape[1] > LONG
         plain = mask == Causal() and context.start is not None
         view.causal = plain and view.seen.shape[1] == T
 
@@ -89,11 +100,16 @@ class _Attention(Body):
                 seen = real if seen is None else seen & real
             return None if seen is None else seen[:, None]
 
-        if not view.causal and not (plain and T == 1):
-            view.mask = allowed if many else allowed()
+        def bias(rows: slice = slice(None), columns: slice = slice(None)) -> Tensor | None:
+            assert self.position is not None
+            return self.position.bias(queries[:, rows], keys[:, :, columns], context)
+
+        if not view.causal and not (plain and T == 1) and (mask != Full() or lengths is not None):
+            view.mask = allowed if long else allowed()
         if self.position is not None:
             view.table = self.position.table(context.positions)
-            view.bias = self.position.bias(queries, keys, context)
+            learned = any(True for _ in self.position.parameters())  # a function of tiles passes no gradient
+            view.bias = bias if long and not learned and bias(slice(1), slice(1)) is not None else bias()
         return view
 
     def prepare_cross(self, context: Context, cell: Cell | None) -> View:
@@ -145,26 +161,30 @@ class _Attention(Body):
         """Cross-attention to a cached memory: rows that share it become further queries of one row."""
         B, H, T, K = q.shape
         q = q.unflatten(0, (-1, cell.fold)).transpose(1, 2).flatten(2, 3)
-        out = self.attend(q, cell.k, cell.v, view, context)
+        out = self.attend(q, cell.k, cell.v, view, context, cell.fold)
         return out.unflatten(2, (cell.fold, T)).permute(0, 2, 3, 1, 4).reshape(B, T, H * K)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, view: View, context: Context) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, view: View, context: Context, fold: int = 1) -> Tensor:
         """q: B H T K, k and v: B G S K → B H T K, by the cheapest form that gives what is asked for."""
         dot, dropout = self.score.dot, self.spec.dropout if self.training else 0.0
         if dot is None or context.wants("weights"):
-            mask = view.mask(slice(None), slice(None)) if callable(view.mask) else view.mask
             scale, softcap = (dot.scale, dot.softcap) if dot else (None, None)
             seen = attention.naive(
-                *(q, k, v), mask=mask, bias=view.bias, causal=view.causal,
+                *(q, k, v), mask=whole(view.mask), bias=whole(view.bias), causal=view.causal,
                 scale=scale, softcap=softcap, dropout=dropout, score=None if dot else self.score,
             )  # fmt: skip
-            context.emit("weights", seen.weights, tokens=(2, 3) if self.spec.over is None else (2,))
+            weights = seen.weights.unflatten(2, (fold, -1)).transpose(1, 2).flatten(0, 1)
+            context.emit("weights", weights, tokens=(2, 3) if self.spec.over is None else (2,))
             return seen.out
-        if dot.softcap is not None or callable(view.mask):
+        if dot.softcap is not None or dropout or callable(view.mask) or callable(view.bias):
+            # torch's fast kernel knows none of these
             return attention.tiled(
                 *(q, k, v), mask=view.mask, bias=view.bias, causal=view.causal,
                 scale=dot.scale, softcap=dot.softcap, dropout=dropout,
             )  # fmt: skip
-        return attention.fused(
-            q, k, v, mask=view.mask, bias=view.bias, causal=view.causal, scale=dot.scale, dropout=dropout
-        )
+        return attention.fused(q, k, v, mask=view.mask, bias=view.bias, causal=view.causal, scale=dot.scale)
+
+
+def whole(x: Tensor | TileOf | None) -> Tensor | None:
+    """What a function says of a tile, for all queries and keys at once."""
+    return x(slice(None), slice(None)) if callable(x) else x

@@ -57,16 +57,13 @@ class Sinusoidal(PositionEmbedding):
 
 
 class _Sinusoidal(nn.Module):
-    rate: Tensor
-
     def __init__(self, spec: Sinusoidal, width: int) -> None:
         super().__init__()
         self.spec, self.room = spec, None
-        rate = torch.exp(-math.log(spec.theta) / width * torch.arange(0, width, 2))
-        self.register_buffer("rate", rate, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        angle = positions[..., None] * self.rate
+        rate = torch.exp(-math.log(self.spec.theta) / x.shape[-1] * torch.arange(0, x.shape[-1], 2, device=x.device))
+        angle = positions[..., None] * rate
         waves = (angle.sin(), angle.cos())
         table = torch.stack(waves, -1).flatten(-2) if self.spec.interleaved else torch.cat(waves, -1)
         return x + table.to(x.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.context import Context
+from qkv.errors import QkvError
 from qkv.parts.position.position import Position, Positional
 from qkv.spec import part
 
@@ -46,6 +47,13 @@ class Relative(Position):
     buckets: int = 32
     far: int = 128
     both: bool = True
+
+    def check(self) -> None:
+        exact = self.buckets // (4 if self.both else 2)
+        if exact < 1 or self.far <= exact:
+            raise QkvError(
+                f"{self.buckets} buckets tell {exact} distances apart one by one; far lies beyond, not at {self.far}"
+            )
 
     def build(self, heads: int, head_width: int) -> Positional:
         return _Relative(self, heads)

@@ -59,11 +59,15 @@ class SharedPosition(Positional):
         self.name, self.shape = spec.name, (heads, head_width)
         self.target: list[Positional] = []
 
-    def bind(self, specs: dict[str, Position], made: nn.ModuleDict) -> None:
+    def bind(self, specs: dict[str, Position], made: nn.ModuleDict, shapes: dict[str, tuple[int, int]]) -> None:
+        """Find the module of this name in `made`, or make it for this layer's heads."""
         if self.name not in specs:
             raise QkvError(f"no shared position is called {self.name!r}{nearest(self.name, specs)}")
         if self.name not in made:
-            made[self.name] = specs[self.name].build(*self.shape)
+            made[self.name], shapes[self.name] = specs[self.name].build(*self.shape), self.shape
+        if shapes[self.name] != self.shape:
+            both = f"{shapes[self.name]} and {self.shape}"
+            raise QkvError(f"layers that share the position {self.name!r} have (heads, head width) {both}")
         target = made[self.name]
         assert isinstance(target, Positional)
         self.target = [target]  # in a list, so that torch does not register it here as well

@@ -31,16 +31,15 @@ class Rotary(Position):
 
 
 class _Rotary(Positional):
-    rate: Tensor
+    spec: Rotary
 
     def __init__(self, spec: Rotary, head_width: int) -> None:
         super().__init__(spec)
         self.turned = int(head_width * spec.fraction) // 2 * 2
-        rate = spec.theta ** -(torch.arange(0, self.turned, 2).float() / self.turned)
-        self.register_buffer("rate", rate, persistent=False)
 
     def table(self, positions: Tensor) -> Rotation:
-        angle = positions[:, None, :, None].float() * self.rate
+        steps = torch.arange(0, self.turned, 2, device=positions.device)
+        angle = positions[:, None, :, None].float() * self.spec.theta ** -(steps / self.turned)
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
