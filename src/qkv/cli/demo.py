@@ -20,6 +20,7 @@ def run(folder: Path, settings: Sequence[str], out: TextIO) -> None:
     from qkv.look import write_report
     from qkv.recipes import find
     from qkv.train import Run, Task, Trainer, evaluate, load_recipe, start
+    from qkv.train.run import RUN
 
     console = Console(file=out, highlight=False)
     console.print("[bold]1[/]  The CMU pronouncing dictionary")
@@ -27,7 +28,7 @@ def run(folder: Path, settings: Sequence[str], out: TextIO) -> None:
     counts = write_pairs(dictionary / "cmudict.dict", folder)
     console.print(f"   {counts['train']:,} words to learn from, {counts['test']:,} held out")
     console.print("[bold]2[/]  A Transformer that reads letters and writes sounds")
-    if (folder / "run").exists():
+    if (folder / "run" / RUN).is_file():  # of an earlier demo
         shutil.rmtree(folder / "run")
     trained = start(load_recipe(find("demo"), settings), folder / "run", folder)
     Trainer(trained).train()

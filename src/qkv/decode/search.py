@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
-from qkv.models import EncoderDecoderModel, Memory, SequenceModel
+from qkv.models import Memory, Module
 from qkv.spec import Spec
 
 
@@ -26,7 +26,7 @@ class Rows:
     """A batch of rows that have been fed to a model, with the scores of what comes next."""
 
     def __init__(
-        self, model: SequenceModel | EncoderDecoderModel, prompts: Sequence[Sequence[int]],
+        self, model: Module, prompts: Sequence[Sequence[int]],
         memory: Memory | None, limits: Sequence[int],
     ) -> None:  # fmt: skip
         if not prompts or not all(prompts):
@@ -46,8 +46,7 @@ class Rows:
 
     def score(self, x: Tensor) -> Tensor:
         """B C → B V, log probabilities in fp32."""
-        assert self.model.head is not None
-        return self.model.head(x, self.model.embed.table).float().log_softmax(-1)
+        return self.model.logits(x).float().log_softmax(-1)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -69,7 +68,7 @@ class Search(Spec):
 
 @torch.inference_mode()
 def decode(
-    model: SequenceModel | EncoderDecoderModel,
+    model: Module,
     prompts: Sequence[Sequence[int]],
     search: Search,
     *,
@@ -85,8 +84,6 @@ def decode(
     """
     if len(limits) != len(prompts) or min(limits, default=1) < 1:
         raise QkvError(f"{len(prompts)} prompts need as many limits of at least 1 token; found {list(limits)}")
-    if model.head is None:
-        raise QkvError("a model without a head says no tokens; give its spec one")
     training = model.training
     model.eval()
     try:

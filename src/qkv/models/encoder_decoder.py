@@ -6,13 +6,12 @@ from torch import Tensor
 
 from qkv.context import Tap
 from qkv.masks import Causal, Full, Mask
-from qkv.models.model import Model, Module, new_state, run
+from qkv.models.model import Model, Module, Wiring, run
 from qkv.parts.embed import TokenEmbedding, Tokens
 from qkv.parts.head import Head
 from qkv.parts.norm import Norm
 from qkv.parts.stack import Stack
 from qkv.spec import part
-from qkv.state import State
 
 
 @part("encoder-decoder")
@@ -46,6 +45,8 @@ class Memory(TypedDict):
 
 
 class EncoderDecoderModel(Module):
+    """`memory = model.encode(source)`; then `model(target, **memory)` or `model.new_state(batch, room, **memory)`."""
+
     spec: EncoderDecoder
 
     def __init__(self, spec: EncoderDecoder) -> None:
@@ -63,6 +64,10 @@ class EncoderDecoderModel(Module):
         """The decoder's embedding."""
         return self.source if self.target is None else self.target
 
+    @property
+    def wiring(self) -> Wiring:
+        return Wiring(self.embed, self.decoder, self.decoder_norm, self.spec.mask, "decoder")
+
     def encode(
         self,
         ids: Tensor,
@@ -73,44 +78,7 @@ class EncoderDecoderModel(Module):
         **given: Tensor,
     ) -> Memory:
         """Source ids B S → what the decoder reads: `memory` B S C, packed left, and `memory_lengths` B if ragged."""
-        parts = self.source, self.encoder, self.encoder_norm
-        memory = run(
-            ids, parts, mask=Full(), path="encoder", given=given, valid=valid, lengths=lengths, tap=tap, unpack=False
-        )
+        wiring = Wiring(self.source, self.encoder, self.encoder_norm, Full(), "encoder")
+        memory = run(ids, wiring, given, valid=valid, lengths=lengths, tap=tap, unpack=False)
         lengths = lengths if valid is None else valid.sum(1)
         return Memory(memory=memory) if lengths is None else Memory(memory=memory, memory_lengths=lengths)
-
-    def hidden(
-        self,
-        ids: Tensor,
-        *,
-        valid: Tensor | None = None,
-        lengths: Tensor | None = None,
-        state: State | None = None,
-        tap: Tap | None = None,
-        **given: Tensor,
-    ) -> Tensor:
-        """Target ids B T → B T C, before the head; arguments as `forward`."""
-        parts = self.embed, self.decoder, self.decoder_norm
-        return run(
-            ids, parts, mask=self.spec.mask, path="decoder",
-            given=given, valid=valid, lengths=lengths, state=state, tap=tap,
-        )  # fmt: skip
-
-    def forward(
-        self,
-        ids: Tensor,
-        *,
-        valid: Tensor | None = None,
-        lengths: Tensor | None = None,
-        state: State | None = None,
-        tap: Tap | None = None,
-        **given: Tensor,
-    ) -> Tensor:
-        """Target ids B T → logits B T V: `model(target, **model.encode(source))`, or with a state made of a memory."""
-        x = self.hidden(ids, valid=valid, lengths=lengths, state=state, tap=tap, **given)
-        return self.head(x, self.embed.table)
-
-    def new_state(self, batch: int, room: int, **given: Tensor) -> State:
-        """An empty state: `model.new_state(batch, room, **model.encode(source))`; it projects the memory, once."""
-        return new_state(self.decoder, self.spec.mask, batch, room, self.embed, given)

@@ -1,7 +1,7 @@
 """What every model has, and the one pass through embedding, stack and norm."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from qkv.context import Context, Recording, Tap, pack, take
 from qkv.errors import QkvError
 from qkv.masks import Mask
 from qkv.parts.embed import TokenEmbedding
+from qkv.parts.head import VocabularyHead
 from qkv.parts.stack import _Stack
 from qkv.spec import Spec
 from qkv.state import State
@@ -23,10 +24,81 @@ class Model(Spec):
         raise AssertionError(f"{type(self).__name__} does not say what it builds")
 
 
+class Wiring(NamedTuple):
+    """What a pass from ids to hidden vectors goes through."""
+
+    embed: TokenEmbedding
+    stack: _Stack
+    norm: nn.Module | None
+    mask: Mask
+    path: str
+    """Where a tap finds the stack."""
+
+
 class Module(nn.Module):
-    """A model; it keeps the spec that it was built from."""
+    """A model of token sequences; it keeps the spec that it was built from."""
 
     spec: Model
+    head: VocabularyHead | None
+
+    @property
+    def wiring(self) -> Wiring:
+        """The pass that the ids of `forward` take."""
+        raise AssertionError(f"{type(self).__name__} does not say how it is wired")
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+        tap: Tap | None = None,
+        **given: Tensor,
+    ) -> Tensor:
+        """ids B T → B T C, before the head; arguments as `forward`."""
+        return run(ids, self.wiring, given, valid=valid, lengths=lengths, state=state, tap=tap)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+        tap: Tap | None = None,
+        **given: Tensor,
+    ) -> Tensor:
+        """ids B T → logits B T V.
+
+        `valid` (B T) marks real tokens wherever they stand, or `lengths` (B) says that rows are packed left. With a
+        `state` the ids continue what it has seen. Further tensors are read by name: `segments`, `prefix`, a memory.
+        """
+        return self.logits(self.hidden(ids, valid=valid, lengths=lengths, state=state, tap=tap, **given))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden vectors … C → scores over the vocabulary … V."""
+        return self.has_head()(x, self.wiring.embed.table)
+
+    def loss(self, x: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Σ over N hidden vectors (N C) of their cross-entropy with N labels."""
+        return self.has_head().loss(x, self.wiring.embed.table, labels, smoothing)
+
+    def has_head(self) -> VocabularyHead:
+        if self.head is None:
+            raise QkvError("this model has no head: take model.hidden(ids), or give its spec one")
+        return self.head
+
+    def new_state(self, batch: int, room: int, **given: Tensor) -> State:
+        """An empty state for `batch` rows of up to `room` tokens; memories are projected here, once."""
+        embed, stack, _, mask, _ = self.wiring
+        if not mask.incremental:
+            raise QkvError(f"a model with the mask {mask!r} sees tokens to come and keeps no state; use Causal()")
+        if embed.room is not None and room > embed.room:
+            raise QkvError(f"room for {room} tokens was asked for; the model has {embed.room} positions")
+        state = State(stack.new_cells(batch, room, given), batch, room, self.device)
+        state.given = {name: value for name, value in given.items() if value.dim() < 3}  # all but the memories
+        return state
 
     @property
     def device(self) -> torch.device:
@@ -46,11 +118,9 @@ class Module(nn.Module):
 
 def run(
     ids: Tensor,
-    parts: tuple[TokenEmbedding, _Stack, nn.Module | None],
-    *,
-    mask: Mask,
-    path: str,
+    wiring: Wiring,
     given: Mapping[str, Tensor],
+    *,
     valid: Tensor | None = None,
     lengths: Tensor | None = None,
     state: State | None = None,
@@ -62,7 +132,7 @@ def run(
     `valid` (B T) marks the real tokens wherever they stand; `lengths` (B) says that rows are packed left already.
     A memory stays packed (`unpack=False`).
     """
-    embed, stack, norm = parts
+    embed, stack, norm, mask, path = wiring
     if ids.dim() != 2:
         raise QkvError(f"ids have the shape (batch, tokens), not {tuple(ids.shape)}")
     order, T = None, ids.shape[1]
@@ -89,16 +159,3 @@ def run(
     if recording is not None:
         recording.sealed = True
     return x if order is None or not unpack else take(x, order.argsort(1))
-
-
-def new_state(
-    stack: _Stack, mask: Mask, batch: int, room: int, embed: TokenEmbedding, given: Mapping[str, Tensor]
-) -> State:
-    """An empty state for `batch` rows of up to `room` tokens; what is given stays with it, but for the memories."""
-    if not mask.incremental:
-        raise QkvError(f"a model with the mask {mask!r} sees tokens to come and keeps no state; use Causal()")
-    if embed.room is not None and room > embed.room:
-        raise QkvError(f"room for {room} tokens was asked for; the model has {embed.room} positions")
-    state = State(stack.new_cells(batch, room, given), batch, room, embed.table.device)
-    state.given = {name: value for name, value in given.items() if value.dim() < 3}
-    return state

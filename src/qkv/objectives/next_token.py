@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qkv.data import Batch
 from qkv.errors import QkvError
-from qkv.models import Model, Module, Sequence, SequenceModel
+from qkv.models import Model, Module, Sequence
 from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
 from qkv.spec import part
 
@@ -31,6 +31,5 @@ class NextToken(Objective):
         return shifted(batch)
 
     def loss(self, model: Module, example: Example, *, smooth: bool = True) -> Tensor:
-        assert isinstance(model, SequenceModel) and model.head is not None
         x = model.hidden(example.inputs, lengths=example.lengths)[example.chosen]
-        return model.head.loss(x, model.embed.table, example.labels, self.label_smoothing if smooth else 0.0)
+        return model.loss(x, example.labels, self.label_smoothing if smooth else 0.0)

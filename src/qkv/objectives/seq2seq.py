@@ -36,4 +36,4 @@ class Seq2Seq(Objective):
         assert isinstance(model, EncoderDecoderModel) and example.source is not None
         memory = model.encode(example.source, lengths=example.source_lengths)
         x = model.hidden(example.inputs, lengths=example.lengths, **memory)[example.chosen]
-        return model.head.loss(x, model.embed.table, example.labels, self.label_smoothing if smooth else 0.0)
+        return model.loss(x, example.labels, self.label_smoothing if smooth else 0.0)

@@ -60,8 +60,7 @@ class Task:
     @property
     def room(self) -> int | None:
         """How many positions the decoder has."""
-        assert isinstance(self.model, EncoderDecoderModel | SequenceModel)
-        return self.model.embed.room
+        return self.model.wiring.embed.room
 
     def answer(self, ids: list[list[int]], rows: list[int], search: Search, tokens: int) -> list[list[Prediction]]:
         model, end, room = self.model, self.target.end, self.room or 1 << 30
