@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-NAMES = ("zuckerberg", "beyonce", "targaryen", "skywalker", "nvidia", "kubernetes", "gpt", "qwerty", "tensorflow")
+NAMES = ("targaryen", "kubernetes", "pytorch", "quidditch", "pikachu", "wakanda", "nightwalker", "rivendell", "qwerty")
 """Words that people say and the dictionary lacks."""
 SHOWN = ("transformer", "attention", "phonology", "knighthood")
 

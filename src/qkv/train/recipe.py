@@ -56,7 +56,8 @@ class Evaluation(Spec):
     search: Search = Greedy()
     examples: int = 500
     """At most so many validation examples are predicted each time; the loss is over all of them."""
-    batch: int = 64
+    batch: int = 128
+    """So many texts are predicted side by side."""
 
 
 @part("recipe")
