@@ -7,7 +7,7 @@ from qkv.models import EncoderDecoder, Sequence
 from qkv.parts import RMSNorm
 from qkv.recipes import find, shipped
 from qkv.spec import dump, load
-from qkv.train import Recipe, load_recipe
+from qkv.train import Recipe, load_recipe, start
 from qkv.train.recipe import fitted
 from tests.train.small import RECIPE, recipe, small_run, write_data
 
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(tmp_path):
     ],
 )
 def test_bad_data_is_one_sentence(tmp_path, content, words):
-    from qkv.train import Trainer, start
+    from qkv.train import Trainer
 
     made = recipe(tmp_path)
     (tmp_path / "train.tsv").unlink()
@@ -130,3 +130,22 @@ def test_bad_data_is_one_sentence(tmp_path, content, words):
         Trainer(start(made, tmp_path / "run", tmp_path)).train()
     assert "\n" not in str(fault.value)
     write_data(tmp_path)
+
+
+def test_examples_longer_than_the_model_takes_are_refused_at_the_start(tmp_path):
+    from qkv.train import Trainer
+
+    learned = 'model.source.position={kind="learned", size=12}'
+    with pytest.raises(QkvError, match=r"data.max_tokens is 40 and the model has 12 positions"):
+        Trainer(small_run(tmp_path, learned, name="a"))
+    settings = (learned, "data.max_tokens=12")
+    Trainer(small_run(tmp_path, *settings, name="b"))
+    with (tmp_path / "valid.tsv").open("a") as file:
+        file.write("a" * 20 + "\tb\n")
+    with pytest.raises(QkvError, match=r"valid.tsv has an example of 21 tokens and the model 12 positions"):
+        Trainer(start(recipe_of(tmp_path, *settings), tmp_path / "c", tmp_path))
+
+
+def recipe_of(folder, *settings):
+    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    return load_recipe(folder / "recipe.toml", settings)

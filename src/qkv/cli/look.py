@@ -29,7 +29,7 @@ def look(
 ) -> None:
     """Draw the attention over a text, the loss curve, and the report of a run."""
     from qkv.look import attend, attention_grid, attention_map, curves, write_report
-    from qkv.train import Run, Task
+    from qkv.train import Run, Task, evaluate
 
     opened = Run(run)
     task, folder = Task(opened.model(), opened.tokenizers), out or run / "look"
@@ -50,8 +50,14 @@ def look(
                 print(attention_grid(weights, one.rows, one.columns, titles=titles, path=path))
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))
-    texts = [text] if text is not None else []
-    print(write_report(opened, task, folder / "report.html", title=run.resolve().name, texts=texts))
+    texts, scores, recipe = [text] if text is not None else [], None, opened.recipe
+    if recipe.data.valid is not None:
+        try:
+            scores = evaluate(task, recipe, recipe.data.valid, opened.base, examples=recipe.evaluation.examples)
+        except QkvError as fault:
+            print(f"qkv: the report has no scores and samples: {fault}", file=sys.stderr)
+    title = run.resolve().name
+    print(write_report(opened, task, folder / "report.html", title=title, scores=scores, texts=texts))
 
 
 def picked(number: int | None, size: int, what: str) -> list[int]:

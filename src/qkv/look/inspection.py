@@ -53,8 +53,7 @@ def inspect(spec: Model, length: int | None = None) -> Inspection:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter warns that meta tensors are not on an accelerator
         model = spec.build().eval()
-        rooms = [room for module in model.modules() if isinstance(room := getattr(module, "room", None), int)]
-        length = min([128, *rooms]) if length is None else length
+        length = length or min(128, model.positions or 128)
         shapes, flops = measured(model, length)
         caches = cached(model, length)
     return Inspection(node("", type(spec).__name__, model, shapes, flops, caches), length)

@@ -101,6 +101,12 @@ class Module(nn.Module):
         return state
 
     @property
+    def positions(self) -> int | None:
+        """The longest sequence that it can read; None where there is no bound."""
+        rooms = [embed.room for embed in self.modules() if isinstance(embed, TokenEmbedding) and embed.room is not None]
+        return min(rooms, default=None)
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

@@ -40,6 +40,11 @@ class Example:
         """N: what the loss is divided by."""
         return len(self.labels)
 
+    @property
+    def longest(self) -> int:
+        """The most positions that a row of it takes."""
+        return max(self.inputs.shape[1], 0 if self.source is None else self.source.shape[1])
+
     def to(self, device: torch.device) -> "Example":
         """The example on a device."""
         values = {field.name: getattr(self, field.name) for field in dc.fields(self)}

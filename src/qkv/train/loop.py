@@ -53,10 +53,28 @@ class Trainer:
         self.task = Task(self.model, run.tokenizers)
         self.optimizer = self.recipe.optimizer.build(self.model)
         self.examples = Examples(self.recipe, run.tokenizers, run.base)
+        self.refuse_long_examples()
         self.step, self.seconds, self.worse = 0, 0.0, 0
         self.best: float | None = None
         if run.last is not None:
             self.restore(run.moment())
+
+    def refuse_long_examples(self) -> None:
+        """Where the model has a bounded number of positions, find an example that is too long now, not hours later."""
+        data, room = self.recipe.data, self.model.positions
+        if room is None:
+            return
+        if data.longest > room:
+            name = "max_tokens" if data.text is None else "context"
+            raise QkvError(
+                f"data.{name} is {data.longest} and the model has {room} positions: lower it, or raise those"
+            )
+        if data.valid is not None:
+            longest = max(example.longest for example in self.examples.evaluation(data.valid))
+            if longest > room:
+                raise QkvError(
+                    f"{data.valid} has an example of {longest} tokens and the model {room} positions: drop it"
+                )
 
     # --- what is kept ---
 

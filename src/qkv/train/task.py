@@ -52,18 +52,13 @@ class Task:
         """The ids that the model reads: a source ends in </s>, a prompt begins with <s>."""
         pairs = isinstance(self.model, EncoderDecoderModel)
         ids = [*self.source.encode(text), self.source.end] if pairs else [self.source.begin, *self.source.encode(text)]
-        room = self.model.source.room if isinstance(self.model, EncoderDecoderModel) else self.room
+        room = self.model.source.room if isinstance(self.model, EncoderDecoderModel) else self.model.positions
         if room is not None and len(ids) > room:
             raise QkvError(f"text {number} has {len(ids)} tokens and the model takes {room}: shorten or split it")
         return ids
 
-    @property
-    def room(self) -> int | None:
-        """How many positions the decoder has."""
-        return self.model.wiring.embed.room
-
     def answer(self, ids: list[list[int]], rows: list[int], search: Search, tokens: int) -> list[list[Prediction]]:
-        model, end, room = self.model, self.target.end, self.room or 1 << 30
+        model, end, room = self.model, self.target.end, self.model.wiring.embed.room or 1 << 30
         if isinstance(model, EncoderDecoderModel):
             lengths = torch.tensor([len(row) for row in ids])
             source = torch.tensor([row + [self.source.pad] * (int(lengths.max()) - len(row)) for row in ids])
