@@ -1,9 +1,17 @@
-"""`make bench`: what each script measures, and how to run it."""
+"""`make bench`: run the benchmarks that take minutes, and name those that take hours."""
 
 import ast
+import runpy
+import sys
 from pathlib import Path
 
+SHORT = ("tiled_memory", "training_speed")
+
 for script in sorted(Path(__file__).parent.glob("*.py")):
+    if script.stem in ("__main__", "common"):
+        continue
     first = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").split("\n")[0]
-    if not script.name.startswith("_") and script.name != "common.py":
-        print(f"python benchmarks/{script.name:24} {first}")
+    print(f"\n{'' if script.stem in SHORT else 'not run: '}python -m benchmarks.{script.stem}: {first}", flush=True)
+    if script.stem in SHORT:
+        sys.argv = [str(script)]
+        runpy.run_module(f"benchmarks.{script.stem}", run_name="__main__")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, forms measured in turn, and the message when data is missing."""
+"""What the benchmarks share: where data lies, the machine in words, forms measured in turn."""
 
 import os
 import platform

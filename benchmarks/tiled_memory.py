@@ -1,6 +1,6 @@
 """Memory and time of causal attention, forward and backward, in its three forms. Linux.
 
-    python benchmarks/tiled_memory.py [--tokens 8192 --heads 8 --width 64]
+    python -m benchmarks.tiled_memory [--tokens 8192 --heads 8 --width 64]
 
 Each form runs in a process of its own: memory is the highest resident size above that with the inputs made, time is
 the second of two passes. Rounds go naive, fused, tiled, naive, … and medians are printed. A form that does not fit in
@@ -9,13 +9,15 @@ nine tenths of the memory that is free when it starts is stopped and shown as ou
 
 import argparse
 import json
-import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks.common import in_turn, machine
 
 FORMS = ("naive", "fused", "tiled")
 
@@ -74,16 +76,15 @@ def measure(form: str, tokens: int, heads: int, width: int) -> dict[str, object]
 
 def compare(options: argparse.Namespace) -> None:
     """Every form in turn, and the table."""
-    results: dict[str, list[dict]] = {form: [] for form in FORMS}
     sizes = [f"--{name}={getattr(options, name)}" for name in ("tokens", "heads", "width")]
-    for _ in range(options.rounds):
-        for form in FORMS:
-            child = [sys.executable, __file__, f"--form={form}", *sizes]
-            done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-            results[form].append(json.loads(done.stdout))
-    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["unknown processor"]
+
+    def child(form: str) -> Callable[[], dict]:
+        command = [sys.executable, "-m", "benchmarks.tiled_memory", f"--form={form}", *sizes]
+        return lambda: json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+    results = in_turn({form: child(form) for form in FORMS}, options.rounds)
     print(f"causal, forward and backward, fp32, 1 × {options.heads} × {options.tokens} × {options.width}")
-    print(f"{results['tiled'][0]['settings']}, {cpu[0]}; medians of {options.rounds} rounds\n")
+    print(f"{machine()}; {results['tiled'][0]['settings']}; medians of {options.rounds} rounds\n")
     print(f"{'':8}{'peak MB':>10}{'seconds':>10}{'tiled ÷ this: memory':>24}{'time':>9}")
     tiled = medians(results["tiled"])
     for form in FORMS:

@@ -104,7 +104,7 @@ def test_look_draws(run, tmp_path):
 
 
 def test_inspect_shows_runs_presets_and_recipes(run):
-    assert "Attention(heads=4, bias=True)" in qkv("inspect", run).stdout
+    assert "Attention(heads=4, bias=True, dropout=0.1)" in qkv("inspect", run).stdout
     told = json.loads(qkv("inspect", "gpt-tiny", "--vocab", 65, "--json").stdout)
     assert told["root"]["parameters"] == 4 * 197120 + 256 + 64 * 128 + 65 * 128
     assert "1 to 1" not in qkv("inspect", "speak").stdout

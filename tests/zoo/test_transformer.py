@@ -144,6 +144,7 @@ def of_torch(ours: nn.Module) -> nn.Transformer:
     return theirs
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # torch warns of what it will not do
 def test_logits_are_those_of_torch():
     ours = rough(small(encoder_norm=LayerNorm(), decoder_norm=LayerNorm()))
     source, lengths = texts(5, 11, seed=0)
