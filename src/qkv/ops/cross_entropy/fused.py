@@ -33,19 +33,25 @@ class _Fused(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=precise) if needs[1] else None
         db = torch.zeros_like(bias, dtype=precise) if bias is not None and needs[3] else None
         total = torch.zeros((), dtype=precise, device=x.device)
+        logits = torch.empty(min(BLOCK, len(x)), len(weight), dtype=precise, device=x.device)
         for start in range(0, len(x), BLOCK):
             xs, ys = x[start : start + BLOCK], labels[start : start + BLOCK, None]
-            z = torch.mm(xs, weight.t()).to(precise)
+            z = logits[: len(xs)]
+            if x.dtype == precise:
+                torch.mm(xs, weight.t(), out=z)
+            else:
+                z.copy_(torch.mm(xs, weight.t()))
             if bias is not None:
                 z += bias
-            normaliser = z.logsumexp(1, keepdim=True)
-            right = z.gather(1, ys)
-            total += (normaliser - (1 - smoothing) * right - smoothing * z.mean(1, keepdim=True)).sum()
+            right, mean, most = z.gather(1, ys), z.mean(1, keepdim=True), z.amax(1, keepdim=True)
+            p = z.sub_(most).exp_()  # from here on the logits' own memory holds what is made of them
+            mass = p.sum(1, keepdim=True)
+            total += (most + mass.log() - (1 - smoothing) * right - smoothing * mean).sum()
             if dx is None and dw is None and db is None:
                 continue
-            dz = z.sub_(normaliser).exp_()
+            dz = p.div_(mass)
             if smoothing:
-                dz -= smoothing / z.shape[1]
+                dz -= smoothing / dz.shape[1]
             dz.scatter_add_(1, ys, torch.full_like(right, smoothing - 1))
             if db is not None:
                 db += dz.sum(0)
