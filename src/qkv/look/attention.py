@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qkv.context import Tap
 from qkv.models import EncoderDecoderModel, SequenceModel
+from qkv.parts.stack import StackModule
 from qkv.train import Prediction, Task
 
 
@@ -36,28 +37,37 @@ def attend(task: Task, text: str, answer: Prediction | None = None) -> list[Atte
     with torch.inference_mode():
         if isinstance(model, SequenceModel):
             model.hidden(torch.tensor([ids], device=model.device), tap=tap)
-            return gather(tap, {"stack": ("self", source, source)})
+            return stacked(tap, {"self": (paths(model.stack, "stack", over=False), source, source)})
         assert isinstance(model, EncoderDecoderModel)
         memory = model.encode(torch.tensor([ids], device=model.device), tap=tap)
-        names = {"encoder": ("encoder", source, source)}
+        looks = {"encoder": (paths(model.encoder, "encoder", over=False), source, source)}
         if answer is not None:
             read = [task.target.begin, *answer.ids]
             written = task.target.tokens([*answer.ids, task.target.end])
             model.hidden(torch.tensor([read], device=model.device), tap=tap, **memory)
-            names["cross"] = ("cross", written, source)
-            names["decoder"] = ("decoder", written, task.target.tokens(read))
-    return gather(tap, names)
+            looks["cross"] = (paths(model.decoder, "decoder", over=True), written, source)
+            looks["decoder"] = (paths(model.decoder, "decoder", over=False), written, task.target.tokens(read))
+    return stacked(tap, looks)
 
 
-def gather(tap: Tap, names: dict[str, tuple[str, list[str], list[str]]]) -> list[Attended]:
-    """Stack what the tap kept, layer upon layer: memories are read by as many columns as the source has."""
+def paths(stack: StackModule, name: str, *, over: bool) -> list[str]:
+    """The branches of a stack, layer by layer, that read a memory, or those that do not."""
+    return [
+        f"{name}.{n}.{branch}"
+        for n in range(len(stack.use))
+        for branch, body in stack.layer(n).bodies()
+        if (getattr(body.spec, "over", None) is not None) == over
+    ]
+
+
+def stacked(tap: Tap, looks: dict[str, tuple[list[str], list[str], list[str]]]) -> list[Attended]:
+    """What the tap kept of these branches, layer upon layer."""
     found: list[Attended] = []
-    for stack, (kind, rows, columns) in names.items():
-        prefix = "decoder" if stack == "cross" else stack
+    for kind, (branches, rows, columns) in looks.items():
         kept = {
-            path.removesuffix(".weights"): weights[0].float().cpu()
-            for path, weights in tap.find(f"{prefix}.**.weights").items()
-            if weights.shape[-2:] == (len(rows), len(columns)) and (stack == "cross") == path.endswith("cross.weights")
+            branch: weights[0].float().cpu()
+            for branch in branches
+            for weights in tap.find(f"{branch}.weights").values()
         }
         if kept:
             found.append(Attended(kind, rows, columns, torch.stack(list(kept.values())), list(kept)))

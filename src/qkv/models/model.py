@@ -11,7 +11,7 @@ from qkv.errors import QkvError
 from qkv.masks import Mask
 from qkv.parts.embed import TokenEmbedding
 from qkv.parts.head import VocabularyHead
-from qkv.parts.stack import _Stack
+from qkv.parts.stack import StackModule
 from qkv.spec import Spec
 from qkv.state import State
 
@@ -28,7 +28,7 @@ class Wiring(NamedTuple):
     """What a pass from ids to hidden vectors goes through."""
 
     embed: TokenEmbedding
-    stack: _Stack
+    stack: StackModule
     norm: nn.Module | None
     mask: Mask
     path: str
@@ -117,7 +117,7 @@ class Module(nn.Module):
     def recompute(self, on: bool = True) -> Self:
         """Gradient checkpointing in every stack: less memory, about a third more time, the same gradients."""
         for module in self.modules():
-            if isinstance(module, _Stack):
+            if isinstance(module, StackModule):
                 module.recompute = on
         return self
 

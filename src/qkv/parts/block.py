@@ -106,14 +106,14 @@ class Block(Spec):
         if not self.branches:
             raise QkvError("a block needs a branch: Block(attn=Branch(…))")
         for name in self.branches:
-            if not name.isidentifier() or hasattr(_Block, name) or name in ("pre", "spec", "training", "kind"):
+            if not name.isidentifier() or hasattr(BlockModule, name) or name in ("pre", "spec", "training", "kind"):
                 raise QkvError(f"{name!r} cannot name a branch")
 
-    def build(self, width: int) -> "_Block":
-        return _Block(self, width)
+    def build(self, width: int) -> "BlockModule":
+        return BlockModule(self, width)
 
 
-class _Block(nn.Module):
+class BlockModule(nn.Module):
     def __init__(self, spec: Block, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -153,11 +153,11 @@ class Parallel(Block):
         if any(branch.post for branch in self.branches.values()):
             raise QkvError("a branch of a parallel block has no stream of its own to normalise: leave out its post")
 
-    def build(self, width: int) -> _Block:
+    def build(self, width: int) -> BlockModule:
         return _Parallel(self, width)
 
 
-class _Parallel(_Block):
+class _Parallel(BlockModule):
     def __init__(self, spec: Parallel, width: int) -> None:
         super().__init__(spec, width)
         self.pre = spec.pre.build(width) if spec.pre else None

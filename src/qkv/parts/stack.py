@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qkv.context import Context
 from qkv.errors import QkvError
-from qkv.parts.block import Block, _Block
+from qkv.parts.block import Block, BlockModule
 from qkv.parts.mixers.body import Body
 from qkv.parts.position.position import Position, SharedPosition
 from qkv.spec import Spec, part
@@ -58,8 +58,8 @@ class Stack(Spec):
         pattern = rolled(layers) if layers != self.layers else self.pattern
         return type(self)(pattern, **{name: children[name] for name in ("depth", "use", "shared")})
 
-    def build(self, width: int) -> "_Stack":
-        return _Stack(self, width)
+    def build(self, width: int) -> "StackModule":
+        return StackModule(self, width)
 
 
 def rolled(layers: Sequence[Block]) -> tuple[Block, ...] | Block:
@@ -70,7 +70,7 @@ def rolled(layers: Sequence[Block]) -> tuple[Block, ...] | Block:
     raise AssertionError("a stack has at least one layer")
 
 
-class _Stack(nn.Module):
+class StackModule(nn.Module):
     """Its children are the layers, '0', '1', …, and `shared`."""
 
     recompute = False
@@ -89,10 +89,10 @@ class _Stack(nn.Module):
                 module.bind(spec.shared or {}, self.shared, shapes)
         self.prepares = self.assign_views()
 
-    def layer(self, n: int) -> _Block:
+    def layer(self, n: int) -> BlockModule:
         """The module that runs at execution position n."""
         block = self._modules[str(self.use[n])]
-        assert isinstance(block, _Block)
+        assert isinstance(block, BlockModule)
         return block
 
     def assign_views(self) -> list[tuple[int, str]]:
