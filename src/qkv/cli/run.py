@@ -64,6 +64,8 @@ def lines(text: str) -> list[str]:
     if text == "-":
         return [line.rstrip("\n") for line in sys.stdin]
     try:
+        if Path(text).is_dir():
+            raise QkvError(f"{text} is a directory; a text, a file with one text a line, or - is expected")
         if Path(text).is_file():
             return Path(text).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as fault:

@@ -23,6 +23,8 @@ class Beam(Search):
     n_best: int = 1
 
     def check(self) -> None:
+        if self.size < 1:
+            raise QkvError(f"a beam keeps at least 1 path, not {self.size}")
         if not 1 <= self.n_best <= self.size:
             raise QkvError(f"a beam of {self.size} gives 1 to {self.size} hypotheses, not {self.n_best}")
 
