@@ -5,7 +5,7 @@ number of tokens before it, whatever side the caller's padding was on.
 """
 
 import dataclasses as dc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -54,7 +54,7 @@ class Tap:
             raise QkvError(f"the tap holds nothing at {path!r}; it holds: {', '.join(self.values) or 'nothing'}")
         return self.values[path]
 
-    def __iter__(self) -> Iterable[str]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.values)
 
     def __len__(self) -> int:
@@ -101,7 +101,6 @@ class Context:
     given: Mapping[str, Tensor] = dc.field(default_factory=dict)
     """Named tensors of the caller and of the wiring: a memory and its lengths, segments, a prefix."""
     views: list[View | None] = dc.field(default_factory=list)
-    shared: Mapping[str, Any] = dc.field(default_factory=dict)
     recording: Recording | None = None
     path: str = ""
 

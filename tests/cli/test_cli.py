@@ -139,6 +139,8 @@ def test_an_option_that_does_not_exist_and_a_traceback_on_demand(run):
 def test_input_that_is_a_directory_and_a_beam_of_nothing(run, tmp_path):
     done = qkv("predict", run, tmp_path)
     assert done.returncode == 2 and "is a directory; a text, a file" in done.stderr
+    done = qkv("predict", run, "abc", "--n-best", 2)
+    assert done.returncode == 2 and "--n-best needs --beam" in done.stderr
     done = qkv("predict", run, "abc", "--beam", 0)
     assert done.returncode == 2 and "a beam keeps at least 1 path, not 0" in done.stderr
 

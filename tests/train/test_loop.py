@@ -203,3 +203,11 @@ def test_bf16_learns_what_fp32_learns(tmp_path, precision):
     run = small_run(tmp_path, "train.steps=60", "train.evaluate_every=60", f"train.precision={precision}")
     Trainer(run).train()
     assert [line for line in run.metrics() if line["split"] == "valid"][-1]["loss"] < 1.6
+
+
+def test_examples_that_are_left_out_are_counted(tmp_path, capsys):
+    run = small_run(tmp_path, "data.max_tokens=6", "train.steps=1")
+    Trainer(run).train()
+    words = (tmp_path / "train.tsv").read_text().splitlines()[1:]
+    left = sum(len(line.split("\t")[0]) + 1 > 6 for line in words)
+    assert left and f"{left} training examples are longer than max_tokens = 6" in capsys.readouterr().err

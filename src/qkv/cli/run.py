@@ -19,6 +19,8 @@ def searching(beam: int | None, n_best: int, length_penalty: float, sampling: di
     asked = {key: value for key, value in sampling.items() if value is not None}
     if asked and beam is not None:
         raise QkvError("take either --beam or the options of sampling")
+    if n_best > 1 and beam is None:
+        raise QkvError("--n-best needs --beam, whose answers it lists")
     if asked:
         return Sample(**asked)
     return Beam(size=beam, n_best=n_best, length_penalty=length_penalty) if beam is not None else None

@@ -159,6 +159,9 @@ class Trainer:
                 better = False
                 if self.recipe.data.valid is not None and (last or self.step % settings.evaluate_every == 0):
                     better = self.judge(watch, board)
+                if self.step == 1 and self.examples.training.skipped:
+                    skipped, most = self.examples.training.skipped, self.recipe.data.longest
+                    watch.say(f"{skipped:,} training examples are longer than max_tokens = {most} and are left out")
                 late = settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes
                 if better or last or late or asked or self.step % settings.save_every == 0:
                     self.run.save(self.model, self.moment(), best=better)
