@@ -149,7 +149,7 @@ def test_scores_are_their_formula_and_queries_and_keys_are_normalised_by_head(sc
 def test_a_position_turns_queries_and_keys_or_is_added_to_scores(position):
     body, x, at = wild(Attention(3, kv_heads=1, position=position).build(C)), tokens(2, T, C), torch.arange(T)[None]
     q, k, v = heads(x @ body.q.weight.T, 3), heads(x @ body.k.weight.T, 1), heads(x @ body.v.weight.T, 1)
-    q, k = (body.position.rotate(y, body.position.table(at)) for y in (q, k))
+    q, k = (body.position.rotate(y, body.position.table(at, Context(at), x.dtype)) for y in (q, k))
     bias = body.position.bias(at[:, :, None], at[:, None, :], Context(at))
     s = q @ k.mT / 2 + (0 if bias is None else bias)
     s = s.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)

@@ -79,7 +79,7 @@ def test_one_hot_positions_are_concatenated_and_projected():
 @pytest.mark.parametrize(("width", "fraction", "theta"), [(8, 1.0, 10000.0), (8, 0.5, 100.0), (10, 0.4, 50.0)])
 def test_rotary_is_a_product_of_complex_numbers(width, fraction, theta):
     module, x = Rotary(theta=theta, fraction=fraction).build(3, width).double(), tokens(2, 3, 5, width)
-    out, half = module.rotate(x, module.table(AT)), int(width * fraction) // 2
+    out, half = module.rotate(x, module.table(AT, Context(AT))), int(width * fraction) // 2
     rate = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
     turn = torch.polar(torch.ones(2, 5, half, dtype=torch.float64), AT[:, :, None] * rate)
     turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * turn[:, None]
@@ -92,7 +92,8 @@ def test_rotary_scores_know_the_distance_only():
     module, q, k = Rotary().build(1, 8).double(), tokens(1, 1, 1, 8), tokens(1, 1, 1, 8) + 1
 
     def score(query: int, key: int) -> float:
-        turned = [module.rotate(x, module.table(torch.tensor([[at]]))) for x, at in ((q, query), (k, key))]
+        at = [torch.tensor([[position]]) for position in (query, key)]
+        turned = [module.rotate(x, module.table(t, Context(t))) for x, t in zip((q, k), at, strict=True)]
         return float((turned[0] * turned[1]).sum())
 
     for distance in (-7, 0, 3, 40):
@@ -108,7 +109,7 @@ def test_a_rotary_fraction_beyond_the_head_is_refused(fraction):
 
 def test_angles_survive_a_model_in_bfloat16():
     at, zero = torch.tensor([[1, 100, 1001]]), torch.zeros(1, 3, 64)
-    whole, half = (Rotary().build(1, 64).to(dtype).table(at) for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (Rotary().build(1, 64).table(at, Context(at), dtype) for dtype in (torch.float32, torch.bfloat16))
     torch.testing.assert_close(half[0].float(), whole[0], rtol=0, atol=0.01)
     whole, half = (Sinusoidal().build(64).to(dtype)(zero.to(dtype), at) for dtype in (torch.float32, torch.bfloat16))
     torch.testing.assert_close(half.float(), whole, rtol=0, atol=0.01)

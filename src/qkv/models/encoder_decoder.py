@@ -8,7 +8,7 @@ from qkv.context import Tap
 from qkv.masks import Causal, Full, Mask
 from qkv.models.model import Model, Module, Wiring, run
 from qkv.parts.embed import TokenEmbedding, Tokens
-from qkv.parts.head import Head
+from qkv.parts.head import Head, Output
 from qkv.parts.norm import Norm
 from qkv.parts.stack import Stack
 from qkv.spec import part
@@ -29,7 +29,7 @@ class EncoderDecoder(Model):
     mask: Mask = Causal()
     encoder_norm: Norm | None = None
     decoder_norm: Norm | None = None
-    head: Head = Head()
+    head: Output = Head()
 
     def build(self) -> "EncoderDecoderModel":
         return EncoderDecoderModel(self)

@@ -1,7 +1,7 @@
 """What every model has, and the one pass through embedding, stack and norm."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from qkv.context import Context, Recording, Tap, pack, take
 from qkv.errors import QkvError
 from qkv.masks import Mask
 from qkv.parts.embed import TokenEmbedding
-from qkv.parts.head import VocabularyHead
+from qkv.parts.head import OutputModule, VocabularyHead
 from qkv.parts.stack import StackModule
 from qkv.spec import Spec
 from qkv.state import State
@@ -39,7 +39,9 @@ class Module(nn.Module):
     """A model of token sequences; it keeps the spec that it was built from."""
 
     spec: Model
-    head: VocabularyHead | None
+    head: OutputModule | None
+    origin: Any = None
+    """Where it was loaded from, for its way back (`checkpoints`)."""
 
     @property
     def wiring(self) -> Wiring:
@@ -69,25 +71,27 @@ class Module(nn.Module):
         tap: Tap | None = None,
         **given: Tensor,
     ) -> Tensor:
-        """ids B T → logits B T V.
+        """ids B T → what the head makes of them: logits B T V over a vocabulary, or scores of classes, or a vector.
 
         `valid` (B T) marks real tokens wherever they stand, or `lengths` (B) says that rows are packed left. With a
         `state` the ids continue what it has seen. Further tensors are read by name: `segments`, `prefix`, a memory.
         """
-        return self.logits(self.hidden(ids, valid=valid, lengths=lengths, state=state, tap=tap, **given))
+        x = self.hidden(ids, valid=valid, lengths=lengths, state=state, tap=tap, **given)
+        if lengths is not None:
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return self.logits(x, valid)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Hidden vectors … C → scores over the vocabulary … V."""
-        return self.has_head()(x, self.wiring.embed.table)
-
-    def loss(self, x: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Σ over N hidden vectors (N C) of their cross-entropy with N labels."""
-        return self.has_head().loss(x, self.wiring.embed.table, labels, smoothing)
-
-    def has_head(self) -> VocabularyHead:
+    def logits(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What the head makes of hidden vectors B T C, of which `valid` (B T) are real; over a vocabulary … C → … V."""
         if self.head is None:
             raise QkvError("this model has no head: take model.hidden(ids), or give its spec one")
-        return self.head
+        return self.head(x, self.wiring.embed.table, valid)
+
+    def loss(self, x: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Σ over N hidden vectors (N C) of their cross-entropy with N labels of the vocabulary."""
+        if not isinstance(self.head, VocabularyHead):
+            raise QkvError("this model has no head over a vocabulary, from which it could learn tokens: give it a Head")
+        return self.head.loss(x, self.wiring.embed.table, labels, smoothing)
 
     def new_state(self, batch: int, room: int, **given: Tensor) -> State:
         """An empty state for `batch` rows of up to `room` tokens; memories are projected here, once."""

@@ -3,7 +3,7 @@
 from qkv.masks import Causal, Mask
 from qkv.models.model import Model, Module, Wiring
 from qkv.parts.embed import Tokens
-from qkv.parts.head import Head
+from qkv.parts.head import Output
 from qkv.parts.norm import Norm
 from qkv.parts.stack import Stack
 from qkv.spec import part
@@ -18,7 +18,7 @@ class Sequence(Model):
     stack: Stack
     mask: Mask = Causal()
     norm: Norm | None = None
-    head: Head | None = None
+    head: Output | None = None
 
     def build(self) -> "SequenceModel":
         return SequenceModel(self)

@@ -7,6 +7,7 @@ from qkv.data import Batch
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
 from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
+from qkv.parts import Head
 from qkv.spec import part
 
 
@@ -26,8 +27,8 @@ class MaskedTokens(Objective):
             raise QkvError("share lies in (0, 1], and hide and swap together in [0, 1]")
 
     def refuse(self, model: Model) -> None:
-        if not isinstance(model, Sequence) or model.mask.causal or model.head is None:
-            raise QkvError("masked tokens need an encoder: a sequence model with a head, whose mask is full")
+        if not isinstance(model, Sequence) or model.mask.causal or not isinstance(model.head, Head):
+            raise QkvError("masked tokens need an encoder: a sequence model with a vocabulary head, whose mask is full")
 
     def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
         ids, lengths = batch.target, batch.target_lengths

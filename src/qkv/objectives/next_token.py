@@ -7,6 +7,7 @@ from qkv.data import Batch
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
 from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
+from qkv.parts import Head
 from qkv.spec import part
 
 
@@ -24,8 +25,8 @@ class NextToken(Objective):
     label_smoothing: float = 0.0
 
     def refuse(self, model: Model) -> None:
-        if not isinstance(model, Sequence) or not model.mask.causal or model.head is None:
-            raise QkvError("next-token needs a decoder: a sequence model with a head, whose mask is causal")
+        if not isinstance(model, Sequence) or not model.mask.causal or not isinstance(model.head, Head):
+            raise QkvError("next-token needs a decoder: a sequence model with a vocabulary head, whose mask is causal")
 
     def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
         return shifted(batch)

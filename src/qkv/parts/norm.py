@@ -42,9 +42,13 @@ class _LayerNorm(nn.Module):
 
 @part("rmsnorm")
 class RMSNorm(Norm):
-    """γ x / √(mean x² + ε) over the features of each token (Zhang 2019)."""
+    """(offset + w) x / √(mean x² + ε) over the features of each token, w learned (Zhang 2019).
+
+    With an `offset` of 1, w is what is learned beyond the plain norm, and weight decay draws towards that.
+    """
 
     eps: float = 1e-6
+    offset: float = 0.0
 
     def build(self, width: int) -> nn.Module:
         return _RMSNorm(self, width)
@@ -53,10 +57,11 @@ class RMSNorm(Norm):
 class _RMSNorm(nn.Module):
     def __init__(self, spec: RMSNorm, width: int) -> None:
         super().__init__()
-        self.spec, self.weight = spec, nn.Parameter(torch.ones(width))
+        self.spec, self.weight = spec, nn.Parameter(torch.full((width,), 1 - spec.offset))
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.spec.eps)
+        weight = self.weight + self.spec.offset if self.spec.offset else self.weight
+        return F.rms_norm(x, weight.shape, weight, self.spec.eps)
 
 
 @part("batchnorm")

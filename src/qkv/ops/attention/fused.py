@@ -38,7 +38,7 @@ def fused(
     aligned = causal and mask is None and bias is None and q.shape[2] == k.shape[2]
     mask = conjoined(mask, causal and not aligned, q, k)
     if bias is not None:
-        added = bias if bias.dtype in (q.dtype, torch.float32) else bias.to(q.dtype)
+        added = bias if bias.dtype == torch.float32 and q.dtype != torch.float64 else bias.to(q.dtype)
         mask = added if mask is None else added.masked_fill(~mask, -math.inf)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # the flash path knows 2 and 4 dimensions only

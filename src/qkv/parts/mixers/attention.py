@@ -26,7 +26,8 @@ class Attention(Mixer):
     """softmax(score(W_q x, W_k m) + bias) W_v m, heads side by side, then W_o (Vaswani 2017).
 
     m is x itself, or the memory named `over`. kv_heads = heads is multi-head, 1 multi-query (Shazeer 2019), between
-    grouped-query attention (Ainslie 2023). A layer's `mask` narrows the model's.
+    grouped-query attention (Ainslie 2023). A layer's `mask` narrows the model's. `bias` is of all four products, or
+    of those whose letters it names: "qkv".
     """
 
     heads: int
@@ -37,7 +38,7 @@ class Attention(Mixer):
     score: Score = ScaledDot()
     position: Position | None = None
     norm: Norm | None = None
-    bias: bool = False
+    bias: bool | str = False
     dropout: float = 0.0
 
     def check(self) -> None:
@@ -48,6 +49,8 @@ class Attention(Mixer):
             raise QkvError(f"a head_width of {self.head_width} holds nothing; give at least 1")
         if not 0 <= self.dropout < 1:
             raise QkvError(f"dropout lies in [0, 1), not at {self.dropout}")
+        if isinstance(self.bias, str) and not set(self.bias) <= set("qkvo"):
+            raise QkvError(f"bias names products by the letters q, k, v and o, not {self.bias!r}")
         if self.over is not None and (self.mask != Full() or self.position is not None):
             raise QkvError("a memory has no positions: leave out mask and position where over is given")
         if self.norm is not None and self.norm.over_batch:
@@ -65,10 +68,11 @@ class _Attention(Body):
         self.spec = spec
         self.groups = spec.kv_heads or spec.heads
         self.head_width = K = spec.head_width or width // spec.heads
-        self.q = Linear(width, spec.heads * K, bias=spec.bias, axes=("heads", "embed"))
-        self.k = Linear(width, self.groups * K, bias=spec.bias, axes=("heads", "embed"))
-        self.v = Linear(width, self.groups * K, bias=spec.bias, axes=("heads", "embed"))
-        self.o = Linear(spec.heads * K, width, bias=spec.bias, axes=("embed", "heads"))
+        bias = spec.bias if isinstance(spec.bias, str) else "qkvo" * spec.bias
+        self.q = Linear(width, spec.heads * K, bias="q" in bias, axes=("heads", "embed"))
+        self.k = Linear(width, self.groups * K, bias="k" in bias, axes=("heads", "embed"))
+        self.v = Linear(width, self.groups * K, bias="v" in bias, axes=("heads", "embed"))
+        self.o = Linear(spec.heads * K, width, bias="o" in bias, axes=("embed", "heads"))
         self.q_norm = spec.norm.build(K) if spec.norm else None
         self.k_norm = spec.norm.build(K) if spec.norm else None
         self.score = spec.score.build(spec.heads, K)
@@ -107,7 +111,7 @@ class _Attention(Body):
         if not view.causal and not (plain and T == 1) and (mask != Full() or lengths is not None):
             view.mask = allowed if long else allowed()
         if self.position is not None:
-            view.table = self.position.table(context.positions)
+            view.table = self.position.table(context.positions, context, self.q.weight.dtype)
             learned = any(True for _ in self.position.parameters())  # a function of tiles passes no gradient
             view.bias = bias if long and not learned and bias(slice(1), slice(1)) is not None else bias()
         return view

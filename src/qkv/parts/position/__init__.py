@@ -4,16 +4,32 @@ from qkv.parts.position.absolute import Learned, OneHot, PositionEmbedding, Sinu
 from qkv.parts.position.bias import ALiBi, Relative
 from qkv.parts.position.position import Position, Positional, Shared
 from qkv.parts.position.rotary import Rotary
+from qkv.parts.position.scaling import (
+    BandScaling,
+    LeadingScaling,
+    LinearScaling,
+    LongRope,
+    NTKScaling,
+    Scaling,
+    YaRN,
+)
 
 __all__ = [
     "ALiBi",
+    "BandScaling",
+    "LeadingScaling",
     "Learned",
+    "LinearScaling",
+    "LongRope",
+    "NTKScaling",
     "OneHot",
     "Position",
     "PositionEmbedding",
     "Positional",
     "Relative",
     "Rotary",
+    "Scaling",
     "Shared",
     "Sinusoidal",
+    "YaRN",
 ]

@@ -20,24 +20,34 @@ class PositionEmbedding(Spec):
 
 @part("learned")
 class Learned(PositionEmbedding):
-    """x + P[position], P a table of `size` rows (Gehring 2017, Devlin 2018)."""
+    """x + P[position + offset], P a table of `size` rows (Gehring 2017, Devlin 2018).
+
+    An `offset` leaves the first rows unused, as where positions were once numbered behind the padding's id.
+    """
 
     size: int
+    offset: int = 0
+
+    def check(self) -> None:
+        if not 0 <= self.offset < self.size:
+            raise QkvError(f"an offset of {self.offset} leaves no position in a table of {self.size} rows")
 
     def build(self, width: int) -> nn.Module:
         return _Learned(self, width)
 
 
 class _Learned(nn.Module):
+    spec: Learned
+
     def __init__(self, spec: Learned, width: int) -> None:
         super().__init__()
-        self.spec, self.room = spec, spec.size
+        self.spec, self.room = spec, spec.size - spec.offset
         self.weight = nn.Parameter(torch.empty(spec.size, width))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         # Padding past the end of a row may lie beyond the table; what it reads there is never seen.
-        return x + F.embedding(positions.clamp(max=self.room - 1), self.weight)
+        return x + F.embedding(positions.clamp(max=self.room - 1) + self.spec.offset, self.weight)
 
 
 @part("sinusoidal")

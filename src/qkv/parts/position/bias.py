@@ -27,14 +27,13 @@ def slopes(heads: int) -> list[float]:
 
 
 class _ALiBi(Positional):
-    slope: Tensor
-
     def __init__(self, spec: ALiBi, heads: int) -> None:
         super().__init__(spec)
-        self.register_buffer("slope", torch.tensor(slopes(heads))[:, None, None], persistent=False)
+        self.slopes = slopes(heads)
 
     def bias(self, queries: Tensor, keys: Tensor, context: Context) -> Tensor:
-        return -(queries - keys).abs()[:, None] * self.slope
+        slope = torch.tensor(self.slopes, device=keys.device)[:, None, None]
+        return -(queries - keys).abs()[:, None] * slope
 
 
 @part("relative")

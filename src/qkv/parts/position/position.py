@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkv.context import Context
@@ -28,8 +29,8 @@ class Positional(nn.Module):
         """Attentions whose positions look alike share one view; learned ones do only where they are the same module."""
         return id(self) if any(True for _ in self.parameters()) else self.spec
 
-    def table(self, positions: Tensor) -> Any:
-        """What `rotate` needs for the tokens at these positions (1|B T); None is no rotation."""
+    def table(self, positions: Tensor, context: Context, dtype: torch.dtype = torch.float32) -> Any:
+        """What `rotate` needs for tokens at these positions (1|B T) in a model of this dtype; None is no rotation."""
         return None
 
     def rotate(self, x: Tensor, table: Any) -> Tensor:
@@ -75,8 +76,8 @@ class SharedPosition(Positional):
     def look(self) -> Hashable:
         return self.target[0].look()
 
-    def table(self, positions: Tensor) -> Any:
-        return self.target[0].table(positions)
+    def table(self, positions: Tensor, context: Context, dtype: torch.dtype = torch.float32) -> Any:
+        return self.target[0].table(positions, context, dtype)
 
     def rotate(self, x: Tensor, table: Any) -> Tensor:
         return self.target[0].rotate(x, table)

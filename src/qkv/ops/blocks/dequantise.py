@@ -1,0 +1,127 @@
+"""Blocks to weights."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qkv.errors import QkvError
+from qkv.ops.blocks.layout import BLOCKS, FLOATS, size
+
+SLICE = 1 << 18  # weights at a time: what is computed on the way stays in the cache
+
+
+def dequantise(type: str, data: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights of a tensor, computed in fp32 by the equation of its type and given in `dtype`.
+
+    `data` is uint8, flat or rows × bytes. A float type that is `dtype` already stays a view of it. Raises QkvError
+    for an unknown type, rows that are not whole blocks, another number of bytes, and a scale that is not finite.
+    """
+    expected = size(type, shape)
+    if data.numel() != expected:
+        raise QkvError(f"{data.numel()} bytes were given for weights of type {type} that take {expected}")
+    if type in FLOATS:
+        return data.reshape(-1).view(FLOATS[type]).view(tuple(shape)).to(dtype)
+    block, equation = BLOCKS[type], _EQUATIONS[type]
+    blocks = data.reshape(-1, block.bytes)
+    weights = torch.empty(len(blocks), block.weights, dtype=dtype)
+    step = SLICE // block.weights
+    for at in range(0, len(blocks), step):
+        weights[at : at + step] = equation(blocks[at : at + step])
+    return weights.view(tuple(shape))
+
+
+def unpack(b: Tensor, bits: int, run: int) -> Tensor:
+    """The fields of n × k bytes, n × (8k / bits): each run of bytes gives its lowest fields, then its next ones."""
+    runs = b.reshape(len(b), -1, run)
+    mask = (1 << bits) - 1
+    return torch.stack([(runs >> shift) & mask for shift in range(0, 8, bits)], dim=2).flatten(1)
+
+
+def _half(b: Tensor, at: int) -> Tensor:
+    """The half-precision number at a byte of each block, n × 1, in fp32."""
+    d = b[:, at : at + 2].contiguous().view(torch.float16).float()
+    if not d.isfinite().all():
+        raise QkvError("a scale is not a finite number: the file is damaged")
+    return d
+
+
+def _parts(q: Tensor, d: Tensor) -> Tensor:
+    """The integers q (n × 256) as fp32, n × parts × 256 / parts, times their part's scale d (n × parts)."""
+    return q.float().view(*d.shape, -1).mul_(d.unsqueeze(2))
+
+
+def _six_bits(b: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales s and minima m of 8 parts from 12 bytes: low 6 bits of s₀…₃ and m₀…₃, then 4 + 4 bits of s, m₄…₇.
+
+    The two bits that s₄…₇ and m₄…₇ still lack are the upper ones of the first 8 bytes.
+    """
+    s, m, both = b[:, 0:4], b[:, 4:8], b[:, 8:12]
+    upper = torch.cat([(both & 15) | (s >> 2 & 48), (both >> 4) | (m >> 2 & 48)], 1)
+    return torch.cat([s & 63, upper[:, :4]], 1), torch.cat([m & 63, upper[:, 4:]], 1)
+
+
+def _q4_0(b: Tensor) -> Tensor:
+    return unpack(b[:, 2:], 4, 16).float().sub_(8).mul_(_half(b, 0))
+
+
+def _q4_1(b: Tensor) -> Tensor:
+    return unpack(b[:, 4:], 4, 16).float().mul_(_half(b, 0)).add_(_half(b, 2))
+
+
+def _q5_0(b: Tensor) -> Tensor:
+    q = unpack(b[:, 6:], 4, 16) | unpack(b[:, 2:6], 1, 1) << 4
+    return q.float().sub_(16).mul_(_half(b, 0))
+
+
+def _q5_1(b: Tensor) -> Tensor:
+    q = unpack(b[:, 8:], 4, 16) | unpack(b[:, 4:8], 1, 1) << 4
+    return q.float().mul_(_half(b, 0)).add_(_half(b, 2))
+
+
+def _q8_0(b: Tensor) -> Tensor:
+    return b[:, 2:].view(torch.int8).float().mul_(_half(b, 0))
+
+
+def _q2_k(b: Tensor) -> Tensor:
+    s, m = b[:, :16] & 15, b[:, :16] >> 4
+    q = unpack(b[:, 16:80], 2, 32)
+    return _parts(q, _half(b, 80) * s).sub_((_half(b, 82) * m).unsqueeze(2)).flatten(1)
+
+
+def _q3_k(b: Tensor) -> Tensor:
+    q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
+    s = unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4
+    return _parts(q.float().sub_(4), _half(b, 108) * s.float().sub_(32)).flatten(1)
+
+
+def _q4_k(b: Tensor) -> Tensor:
+    s, m = _six_bits(b[:, 4:16])
+    q = unpack(b[:, 16:], 4, 32)
+    return _parts(q, _half(b, 0) * s).sub_((_half(b, 2) * m).unsqueeze(2)).flatten(1)
+
+
+def _q5_k(b: Tensor) -> Tensor:
+    s, m = _six_bits(b[:, 4:16])
+    q = unpack(b[:, 48:], 4, 32) | unpack(b[:, 16:48], 1, 32) << 4
+    return _parts(q, _half(b, 0) * s).sub_((_half(b, 2) * m).unsqueeze(2)).flatten(1)
+
+
+def _q6_k(b: Tensor) -> Tensor:
+    q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
+    s = b[:, 192:208].view(torch.int8)
+    return _parts(q.float().sub_(32), _half(b, 208) * s).flatten(1)
+
+
+_EQUATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}
