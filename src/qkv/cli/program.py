@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import qkv
-from qkv.cli import look, run, train
+from qkv.cli import look, pull, run, train
 from qkv.errors import QkvError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (train, run, look):
+for group in (train, run, look, pull):
     for command in group.COMMANDS:
         app.command()(command)
 

