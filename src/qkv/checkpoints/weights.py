@@ -32,11 +32,12 @@ def load_model(folder: Path) -> Module:
 
 
 def empty(spec: Model) -> Module:
-    """The model to be filled: without memory for its weights, unless it computes buffers that are not saved."""
-    with torch.device("meta"):
-        model = spec.build()
-    saved = model.state_dict()
-    return spec.build() if any(name not in saved for name, _ in model.named_buffers()) else model
+    """The model to be filled, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return spec.build()
+    except RuntimeError as fault:
+        raise QkvError(f"no model can have these sizes: {str(fault).splitlines()[0]}") from None
 
 
 def fill(model: Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -54,10 +55,10 @@ def fill(model: Module, tensors: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(tensors, assign=True)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors; a full disk becomes a `QkvError`."""
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     except (SafetensorError, OSError) as fault:
         raise unwritten(path, fault if isinstance(fault, OSError) else OSError(str(fault))) from fault
 

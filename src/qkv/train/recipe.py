@@ -128,7 +128,7 @@ def expand(table: Any, path: str) -> Any:
         raise QkvError(f"{path}: the table [model] is missing; give it a preset, or a kind and its fields")
     if "preset" not in table:
         return table
-    model = spec_of(table["preset"])
+    model = edit(spec_of(table["preset"]), "**.vocab", None)  # the tokenizer's, unless the recipe says otherwise
     for key, value in leaves({key: value for key, value in table.items() if key != "preset"}):
         model = edit(model, key, value)
     return model

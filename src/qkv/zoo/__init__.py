@@ -1,6 +1,8 @@
 """One file a family: published facts only."""
 
-from qkv.zoo import bert, gpt, transformer
-from qkv.zoo.registry import PRESETS, preset, spec_of
+from qkv.zoo import bert, gpt, llama, transformer
+from qkv.zoo.registry import FAMILIES, PRESETS, family_of, preset, spec_from, spec_of
 
-__all__ = ["PRESETS", "bert", "gpt", "preset", "spec_of", "transformer"]
+__all__ = [
+    "FAMILIES", "PRESETS", "bert", "family_of", "gpt", "llama", "preset", "spec_from", "spec_of", "transformer",
+]  # fmt: skip

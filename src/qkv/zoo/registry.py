@@ -1,18 +1,86 @@
-"""Presets by name: a function that returns a spec, with what it is in its docstring's first line."""
+"""Families by the name that their configurations use, and presets by their own.
 
-from collections.abc import Callable
+A family is a function from a configuration to a spec, and a table of names. A preset is a function that returns a
+published configuration, or a spec where its form has none, with what it is in its docstring's first line.
+"""
+
+import dataclasses as dc
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 from qkv.errors import QkvError
 from qkv.models import Model
 from qkv.spec import nearest
+from qkv.zoo.config import Config
 
-PRESETS: dict[str, Callable[[], Model]] = {}
+Reader: TypeAlias = Callable[[Config], Model]
+Preset: TypeAlias = Callable[[], Model | dict[str, Any]]
+Names: TypeAlias = str | Callable[[Any], str]
 
 
-def preset(name: str) -> Callable[[Callable[[], Model]], Callable[[], Model]]:
+@dc.dataclass(frozen=True)
+class Family:
+    """Models of one published form."""
+
+    kind: str
+    """`model_type` in their config.json."""
+    spec: Reader
+    names: Names
+    """The table of names (see `checkpoints/names.py`), or a function that makes it for a spec."""
+    prefix: str = ""
+    """What the names of a model without its head lack."""
+
+    def tables(self, spec: Model) -> list[str]:
+        """The tables that a file of this family may follow, the likeliest first."""
+        names = self.names if isinstance(self.names, str) else self.names(spec)
+        return [names, names.replace(f" {self.prefix}", " ")] if self.prefix else [names]
+
+
+FAMILIES: dict[str, Family] = {}
+PRESETS: dict[str, Preset] = {}
+
+
+def family(*kinds: str, names: Names, prefix: str = "") -> Callable[[Reader], Reader]:
+    """Register a function from a configuration to a spec as the families of these kinds."""
+
+    def register(spec: Reader) -> Reader:
+        for kind in kinds:
+            FAMILIES[kind] = Family(kind, spec, names, prefix)
+        return spec
+
+    return register
+
+
+def family_of(values: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family that a configuration names."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise QkvError(f"{where} has no model_type, which says what model it is")
+    if kind not in FAMILIES:
+        own = "; it brings code of its own (auto_map), which qkv never runs" if "auto_map" in values else ""
+        raise QkvError(f"{where}: qkv does not know the model_type {kind!r}{own}{nearest(kind, FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def spec_from(values: Mapping[str, Any], keys: Collection[str] = (), where: str = "config.json") -> Model:
+    """The spec that a configuration describes, every key of it accounted for; `keys` name the tensors beside it."""
+    config = Config(values, keys, where)
+    config.only("is_decoder", False)
+    config.only("add_cross_attention", False)
+    config.only("quantization_config")
+    config.only("pruned_heads", {})
+    try:
+        spec = family_of(values, where).spec(config)
+    except QkvError as fault:
+        raise fault if str(fault).startswith(where) else QkvError(f"{where}: {fault}") from None
+    config.close()
+    return spec
+
+
+def preset(name: str) -> Callable[[Preset], Preset]:
     """Register a function without arguments as the preset of that name."""
 
-    def register(function: Callable[[], Model]) -> Callable[[], Model]:
+    def register(function: Preset) -> Preset:
         PRESETS[name] = function
         return function
 
@@ -23,4 +91,5 @@ def spec_of(name: str) -> Model:
     """The spec of a preset; `QkvError` where there is none of that name."""
     if name not in PRESETS:
         raise QkvError(f"no preset is called {name!r}{nearest(name, PRESETS)}")
-    return PRESETS[name]()
+    made = PRESETS[name]()
+    return made if isinstance(made, Model) else spec_from(made)

@@ -1,0 +1,88 @@
+"""From a published checkpoint to a model: find the family, read the configuration, follow the names."""
+
+import dataclasses as dc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qkv.checkpoints.directory import Directory
+from qkv.checkpoints.names import Plan, parse, plan, read
+from qkv.checkpoints.weights import empty
+from qkv.errors import QkvError
+from qkv.models import Model, Module
+from qkv.zoo.registry import family_of, spec_from
+
+
+class Source(Protocol):
+    """A checkpoint of any format."""
+
+    path: Path
+    config: dict[str, Any]
+    """In the keys of config.json."""
+
+    @property
+    def keys(self) -> list[str]: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most of its tensors."""
+
+    def tensor(self, key: str) -> Tensor: ...
+
+
+@dc.dataclass(frozen=True)
+class Origin:
+    """Where a model came from, for its way back."""
+
+    source: Source
+    spec: Model
+    """As it was in the checkpoint."""
+    table: str
+    """The names that its file followed."""
+    plan: Plan
+
+    def kept(self, spec: Model) -> dict[str, Tensor]:
+        """The tensors that the model has no part for; none once it has another width, which they would not fit."""
+        if getattr(spec, "width", None) != getattr(self.spec, "width", None):
+            return {}
+        return {key: self.source.tensor(key) for key in self.plan.kept}
+
+
+def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
+    """The model of a checkpoint, in evaluation mode, its weights in `dtype` or in the file's own.
+
+    Tensors that are used as they stand stay mapped from the file. Every key of the configuration and every tensor is
+    accounted for, and every parameter filled: else `QkvError`.
+    """
+    spec = spec_from(source.config, source.keys, str(source.path / "config.json"))
+    model = empty(spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    table, made = matched(source, spec, shapes)
+    wanted = dtype or source.dtype
+    try:
+        tensors = read(made, shapes, lambda key: source.tensor(key).to(wanted))
+    except QkvError as fault:
+        raise QkvError(f"{source.path}: {fault}") from None
+    model.load_state_dict(tensors, assign=True)
+    model.origin = Origin(source, spec, table, made)
+    return model.eval()
+
+
+def matched(source: Source, spec: Model, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Plan]:
+    """The first of the family's tables that covers the file."""
+    faults = []
+    for table in family_of(source.config).tables(spec):
+        try:
+            return table, plan(parse(table), shapes, source.keys)
+        except QkvError as fault:
+            faults.append(str(fault))
+    shortest = min(faults, key=len)
+    raise QkvError(f"{source.path} is no {source.config['model_type']} model of this configuration: {shortest}")
+
+
+def load_directory(folder: Path, dtype: torch.dtype | None = None) -> Module:
+    """The model of a directory as the transformers package writes it."""
+    return load_published(Directory(folder), dtype)

@@ -1,0 +1,66 @@
+"""From a spec back to a configuration, with no second copy of what a family knows.
+
+A family says what spec a configuration describes. The way back is a search: begin at a configuration of the family and
+set keys to the values that the spec has where the two differ, as long as that brings them nearer.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qkv.errors import QkvError
+from qkv.models import Model
+from qkv.spec import Change, diff
+from qkv.zoo.config import ACTIVATIONS
+from qkv.zoo.registry import spec_from
+
+TASKS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "PreTraining")
+
+
+def configuration(spec: Model, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, near `base`, that describes exactly this spec; `QkvError` says what it cannot express."""
+    values = {**base, **labels(spec)}
+    left = diff(spec_from(values), spec)
+    while left:
+        for keys in candidates(values, left):
+            tried = {**values, **keys}
+            try:
+                after = diff(spec_from(tried), spec)
+            except QkvError:
+                continue
+            if len(after) < len(left):
+                values, left = tried, after
+                break
+        else:
+            raise QkvError(f"no {base.get('model_type')} configuration says {left[0]}")
+    return values
+
+
+def labels(spec: Model) -> dict[str, Any]:
+    """The names of classes, where the model has a head that scores them."""
+    names = getattr(getattr(spec, "head", None), "labels", None)
+    if names is None:
+        return {}
+    ids = {name: n for n, name in enumerate(names)}
+    return {"id2label": {str(n): name for name, n in ids.items()}, "label2id": ids}
+
+
+def candidates(values: Mapping[str, Any], left: list[Change]) -> Iterator[dict[str, Any]]:
+    """Keys and values to try: what the spec has, at keys that hold such a value now."""
+    found = {(type(change.after), change.after) for change in left if isinstance(change.after, int | float)}
+    for key, value in values.items():
+        if isinstance(value, str) and value in ACTIVATIONS:
+            yield from ({key: name} for name in ACTIVATIONS)
+        for kind, after in found:
+            if value is None or type(value) is kind:
+                yield {key: after, **resized(values, value, after)}
+    stem = values.get("architectures", [""])[0].partition("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
+    yield from ({"architectures": [f"{stem}For{task}"]} for task in TASKS)
+    yield from ({"architectures": [f"{stem}{bare}"]} for bare in ("Model", "LMHeadModel"))
+
+
+def resized(values: Mapping[str, Any], before: Any, after: Any) -> dict[str, Any]:
+    """Lists with an entry for each layer, for another number of layers: cut off, or begun again."""
+    if type(before) is not int or type(after) is not int:
+        return {}
+    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == before}
+    return {key: [value[n % before] for n in range(after)] for key, value in lists.items() if before and after > 0}
