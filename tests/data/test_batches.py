@@ -366,7 +366,7 @@ def test_joint_and_separate_tokenizers(tmp_path: Path) -> None:
         assert tokenizers.joint == (own is None)
         assert tokenizers.source.size == 5 + len(set("catdog" if own else "catdogK AE TD AO G"))
         if own:
-            assert tokenizers.target.tokens(tokenizers.target.encode("D AE T")) == ["D", "AE", "T"]
+            assert tokenizers.target.pieces(tokenizers.target.encode("D AE T")) == ["D", "AE", "T"]
         folder = tmp_path / str(own)
         tokenizers.save(folder)
         assert (folder / "target_tokenizer.json").exists() == (own is not None)

@@ -83,7 +83,7 @@ def test_the_first_ids_are_the_special_tokens(spec: TokenizerSpec) -> None:
     tokenizer = TRAINED[spec.kind]
     ids = [tokenizer.pad, tokenizer.unknown, tokenizer.begin, tokenizer.end, tokenizer.mask]
     assert ids == [0, 1, 2, 3, 4]
-    assert tokenizer.tokens(ids) == list(SPECIALS)
+    assert tokenizer.pieces(ids) == list(SPECIALS)
     assert tokenizer.decode(ids) == ""
     assert tokenizer.encode("") == []
     fox = tokenizer.encode("fox")
@@ -128,7 +128,7 @@ def test_words_punctuation_and_chinese_characters() -> None:
     word = TRAINED["word"]
 
     def cut(text: str) -> list[str]:
-        return word.tokens(word.encode(text))
+        return word.pieces(word.encode(text))
 
     assert cut(TEXTS[1]) == [
         "Don't",
@@ -155,7 +155,7 @@ def test_words_punctuation_and_chinese_characters() -> None:
 
 def test_word_takes_the_most_frequent_up_to_its_size() -> None:
     texts = ["a a a b b c c d"]
-    assert train_tokenizer(Word(size=7), texts).tokens([5, 6]) == ["a", "b"]
+    assert train_tokenizer(Word(size=7), texts).pieces([5, 6]) == ["a", "b"]
     assert train_tokenizer(Word(size=7), texts).size == 7
     assert train_tokenizer(Word(min_frequency=2), texts).size == len(SPECIALS) + 3
     assert train_tokenizer(Symbols(min_frequency=3), texts).size == len(SPECIALS) + 1
@@ -163,14 +163,14 @@ def test_word_takes_the_most_frequent_up_to_its_size() -> None:
 
 def test_symbols_are_split_at_spaces_only() -> None:
     phones = train_tokenizer(Symbols(), ["K AE T", "don't, 我爱你"])
-    assert phones.tokens(phones.encode("T AE  K")) == ["T", "AE", "K"]
-    assert phones.tokens(phones.encode("don't, 我爱你")) == ["don't,", "我爱你"]
+    assert phones.pieces(phones.encode("T AE  K")) == ["T", "AE", "K"]
+    assert phones.pieces(phones.encode("don't, 我爱你")) == ["don't,", "我爱你"]
     assert phones.decode(phones.encode("T AE  K")) == "T AE K"
 
 
 def test_characters_keep_spaces_and_line_ends() -> None:
     character = train_tokenizer(Character(), ["a b\n我"])
-    assert character.tokens(character.encode("b a\n我")) == ["b", "␣", "a", "↵", "我"]
+    assert character.pieces(character.encode("b a\n我")) == ["b", "␣", "a", "↵", "我"]
     assert character.decode(character.encode("b a\n我")) == "b a\n我"
 
 
@@ -179,7 +179,7 @@ def test_bpe_merges_the_most_frequent_pair_and_never_across_words() -> None:
     text = "low low low low low lower lower newest newest newest newest newest newest widest widest widest"
     size = len(SPECIALS) + 256
     bpe = train_tokenizer(BPE(size + 12), [text])
-    age = {piece: i for i, piece in enumerate(bpe.tokens(range(size))) if len(piece) == 1}
+    age = {piece: i for i, piece in enumerate(bpe.pieces(range(size))) if len(piece) == 1}
     age[" "] = age.pop("␣")
     words = [list(word) for word in re.findall(" ?[a-z]+", text)]
     for step in range(12):
@@ -190,16 +190,16 @@ def test_bpe_merges_the_most_frequent_pair_and_never_across_words() -> None:
             for i in range(len(word) - 2, -1, -1):
                 if word[i : i + 2] == [first, second]:
                     word[i : i + 2] = [first + second]
-    assert bpe.tokens(range(size, bpe.size)) == list(age)[-12:]
-    assert bpe.tokens(bpe.encode(text)) == ["␣" if piece == " " else piece for word in words for piece in word]
+    assert bpe.pieces(range(size, bpe.size)) == list(age)[-12:]
+    assert bpe.pieces(bpe.encode(text)) == ["␣" if piece == " " else piece for word in words for piece in word]
     everything = train_tokenizer(BPE(2000), TEXTS)
-    assert not [i for i in range(everything.size) if re.search(r"\S\s", everything.tokens([i])[0])]
+    assert not [i for i in range(everything.size) if re.search(r"\S\s", everything.pieces([i])[0])]
 
 
 def test_wordpiece_takes_the_longest_piece_first() -> None:
     """Against the greedy cut written out over its own vocabulary."""
     wordpiece = TRAINED["wordpiece"]
-    vocabulary = dict(zip(wordpiece.tokens(range(wordpiece.size)), range(wordpiece.size), strict=True))
+    vocabulary = dict(zip(wordpiece.pieces(range(wordpiece.size)), range(wordpiece.size), strict=True))
     assert len(vocabulary) == wordpiece.size <= 200
     for word in ["quick", "quickly", "quickfox", "overlazy", "springt", "the", "fohund"]:
         cut: list[str] = []
@@ -209,8 +209,8 @@ def test_wordpiece_takes_the_longest_piece_first() -> None:
             ends = [end for end in range(start + 1, len(word) + 1) if mark + word[start:end] in vocabulary]
             cut = [*cut, mark + word[start : ends[-1]]] if ends else ["<unk>"]
             start = ends[-1] if ends else len(word)
-        assert wordpiece.tokens(wordpiece.encode(word)) == cut
-    assert wordpiece.tokens(wordpiece.encode("fox☃ dog")) == ["fox", "<unk>", "dog"]
+        assert wordpiece.pieces(wordpiece.encode(word)) == cut
+    assert wordpiece.pieces(wordpiece.encode("fox☃ dog")) == ["fox", "<unk>", "dog"]
     assert any(len(piece) > 4 for piece in vocabulary if piece not in SPECIALS)
 
 
@@ -229,20 +229,20 @@ def test_unigram_takes_the_likeliest_cut(tmp_path: Path) -> None:
 
     for word in [" quick", " foxes", " Fuchs", " lazydog", " 学习"]:
         best = max(sum(scores[piece] for piece in cut) for cut in cuts(word))
-        found = [" " if piece == "␣" else piece for piece in unigram.tokens(unigram.encode(word[1:]))]
+        found = [" " if piece == "␣" else piece for piece in unigram.pieces(unigram.encode(word[1:]))]
         assert sum(scores[piece] for piece in found) == pytest.approx(best)
     assert unigram.size <= 160
 
 
 def test_pieces_can_be_read() -> None:
     bpe = train_tokenizer(BPE(265), ["the the the 我我我 the"])
-    found = bpe.tokens(bpe.encode("the 我 é\n\t"))
+    found = bpe.pieces(bpe.encode("the 我 é\n\t"))
     assert found[0] == "the"
     assert "".join(piece for piece in found if piece != "…").replace("␣", " ") == "the 我 é↵⇥"
     assert len(found) == len(bpe.encode("the 我 é\n\t"))
     broken = bpe.encode("é")[:1]
-    assert bpe.tokens([*broken, bpe.end, *bpe.encode("a")]) == ["…", "</s>", "a"]
-    assert bpe.tokens([bpe.size + 3]) == [f"<{bpe.size + 3}>"]
+    assert bpe.pieces([*broken, bpe.end, *bpe.encode("a")]) == ["…", "</s>", "a"]
+    assert bpe.pieces([bpe.size + 3]) == [f"<{bpe.size + 3}>"]
 
 
 @any_kind

@@ -1,21 +1,18 @@
-"""Text becomes batches: files → records → tokens → pools → batches."""
+"""Text becomes batches: files → records → tokens → pools → batches.
 
-from qkv.data.batches import (
-    Batch,
-    Data,
-    Tokenizers,
-    TrainingBatches,
-    by_length,
-    evaluation_batches,
-    pad_rows,
-    train_tokenizers,
-)
+Importing this room imports no torch: batches, which need it, are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from qkv.data.files import Record, read
+from qkv.data.pretrained import load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
+from qkv.data.tokenizer import Encoded, TextStream, Tokenizer
 from qkv.data.tokenizers import (
     BPE,
     Character,
     Symbols,
-    Tokenizer,
     TokenizerSpec,
     Unigram,
     Word,
@@ -23,13 +20,29 @@ from qkv.data.tokenizers import (
     train_tokenizer,
 )
 
+if TYPE_CHECKING:
+    from qkv.data.batches import (
+        Batch,
+        Data,
+        Tokenizers,
+        TrainingBatches,
+        by_length,
+        evaluation_batches,
+        pad_rows,
+        train_tokenizers,
+    )
+    from qkv.data.chat import ChatTemplate
+
 __all__ = [
     "BPE",
     "Batch",
     "Character",
+    "ChatTemplate",
     "Data",
+    "Encoded",
     "Record",
     "Symbols",
+    "TextStream",
     "Tokenizer",
     "TokenizerSpec",
     "Tokenizers",
@@ -39,8 +52,31 @@ __all__ = [
     "WordPiece",
     "by_length",
     "evaluation_batches",
+    "load_tokenizer",
     "pad_rows",
     "read",
+    "tokenizer_from_gguf",
+    "tokenizer_from_llama2c",
     "train_tokenizer",
     "train_tokenizers",
 ]
+
+_LATER = {"ChatTemplate": "qkv.data.chat"} | dict.fromkeys(
+    (
+        "Batch",
+        "Data",
+        "Tokenizers",
+        "TrainingBatches",
+        "by_length",
+        "evaluation_batches",
+        "pad_rows",
+        "train_tokenizers",
+    ),
+    "qkv.data.batches",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'qkv.data' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

@@ -18,20 +18,16 @@ The library runs batches on all cores, unless TOKENIZERS_PARALLELISM or RAYON_NU
 otherwise, and goes on working in a process that was forked; so there is nothing to set here.
 """
 
-import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qkv.checkpoints.whole import write_text
+from qkv.data.tokenizer import SPECIALS, Tokenizer
 from qkv.errors import QkvError
 from qkv.spec import Spec, part
-
-SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")  # ids 0 to 4
 
 _EAST = r"\p{Han}\p{Hiragana}\p{Katakana}"
 _LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]&&[^{_EAST}]]+"
@@ -270,7 +266,7 @@ def _must_fit(characters: int, size: int) -> None:
 # --- trained ------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> "Tokenizer":
+def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a spec describes, made from texts that are read once; QkvError where they hold no token."""
     seen = False
 
@@ -286,93 +282,3 @@ def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> "Tokenizer":
     if made.get_vocab_size() <= len(SPECIALS):
         raise QkvError(f"no token of the text is frequent enough for {spec!r}; lower min_frequency")
     return Tokenizer(made)
-
-
-class Tokenizer:
-    """A trained tokenizer: text to ids and back. `size` counts every id; `pad`, `unknown`, `begin`, `end`, `mask` are
-    the ids of <pad>, <unk>, <s>, </s> and <mask>. Text never becomes a special token, even where it spells one.
-    """
-
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
-        specials = [library.token_to_id(special) for special in SPECIALS]
-        ids = [i for i in specials if i is not None]
-        if len(ids) < len(SPECIALS):
-            missing = SPECIALS[specials.index(None)]
-            raise QkvError(f"the tokenizer has no token {missing}; a tokenizer that qkv trained is expected")
-        library.encode_special_tokens = True  # which reads: encode special tokens like any other text
-        library.no_padding()
-        library.no_truncation()
-        self._library = library
-        self._of_bytes = isinstance(library.decoder, decoders.ByteLevel)
-        self.pad, self.unknown, self.begin, self.end, self.mask = ids
-        self.size: int = library.get_vocab_size()
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """The tokenizer of a tokenizer.json; QkvError where it is missing, cut off or something else."""
-        try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise QkvError(f"{path} does not exist; a trained tokenizer is expected there") from None
-        except QkvError as fault:
-            raise QkvError(f"{path}: {fault}") from None
-        except Exception as fault:  # the library has no narrower class
-            raise QkvError(f"{path} is no tokenizer file, or not all of one ({fault})") from None
-
-    def save(self, path: Path) -> None:
-        """Write tokenizer.json, whole or not at all."""
-        write_text(path, self._library.to_str(pretty=True))
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without <s> and </s>."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without <s> and </s>."""
-        try:
-            encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
-            raise QkvError("a text is not valid Unicode: it holds half of a surrogate pair") from None
-        return [each.ids for each in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens dropped."""
-        return self._library.decode(list(ids), skip_special_tokens=True)
-
-    def tokens(self, ids: Sequence[int]) -> list[str]:
-        """One readable piece per id, for tables and the axes of pictures.
-
-        A character of several ids stands at the last of them, the others show …; a piece of blanks shows ␣ ↵ ⇥.
-        """
-        pieces = [self._library.id_to_token(i) or f"<{i}>" for i in ids]
-        if self._of_bytes:
-            pieces = _characters(pieces)
-        elif isinstance(self._library.decoder, decoders.Metaspace):
-            pieces = [piece.replace("▁", " ") for piece in pieces]
-        return [piece.translate(_BLANKS) if piece.isspace() else piece for piece in pieces]
-
-
-_BLANKS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
-
-
-def _bytes() -> dict[str, int]:
-    """The character by which byte-level pieces write each byte: itself if it can be seen, else one from 256 on."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
-
-
-_BYTE_OF = _bytes()
-
-
-def _characters(pieces: list[str]) -> list[str]:
-    """Byte-level pieces as the characters that each of them completes."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    shown = []
-    for piece in pieces:
-        if piece in SPECIALS:
-            decoder.reset()
-            shown.append(piece)
-        else:
-            shown.append(decoder.decode(bytes(_BYTE_OF[character] for character in piece)) or "…")
-    return shown

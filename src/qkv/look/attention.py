@@ -8,7 +8,7 @@ from torch import Tensor
 from qkv.context import Tap
 from qkv.models import EncoderDecoderModel, SequenceModel
 from qkv.parts.stack import StackModule
-from qkv.train import Prediction, Task
+from qkv.use import Prediction, Task
 
 
 @dc.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def attend(task: Task, text: str, answer: Prediction | None = None) -> list[Atte
     """
     model, tap = task.model.eval(), Tap("**.weights")
     ids = task.encode(text)
-    source = task.source.tokens(ids)
+    source = task.source.pieces(ids)
     with torch.inference_mode():
         if isinstance(model, SequenceModel):
             model.hidden(torch.tensor([ids], device=model.device), tap=tap)
@@ -42,11 +42,11 @@ def attend(task: Task, text: str, answer: Prediction | None = None) -> list[Atte
         memory = model.encode(torch.tensor([ids], device=model.device), tap=tap)
         looks = {"encoder": (paths(model.encoder, "encoder", over=False), source, source)}
         if answer is not None:
-            read = [task.target.begin, *answer.ids]
-            written = task.target.tokens([*answer.ids, task.target.end])
+            read = [*task.begin, *answer.ids]
+            written = task.target.pieces([*read[1:], task.target.end])
             model.hidden(torch.tensor([read], device=model.device), tap=tap, **memory)
             looks["cross"] = (paths(model.decoder, "decoder", over=True), written, source)
-            looks["decoder"] = (paths(model.decoder, "decoder", over=False), written, task.target.tokens(read))
+            looks["decoder"] = (paths(model.decoder, "decoder", over=False), written, task.target.pieces(read))
     return stacked(tap, looks)
 
 
