@@ -1,6 +1,7 @@
 """Small models around every registered part: a new part joins the contracts by being registered."""
 
 import dataclasses as dc
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from qkv.parts import (
     Stack,
     Tokens,
 )
-from qkv.spec import KINDS, Spec, edit, kinds
+from qkv.spec import KINDS, Spec, dump, edit, kinds, load
 from qkv.zoo import PRESETS, spec_of
 
 VOCAB, WIDTH, ROOM = 23, 16, 40
@@ -90,11 +91,33 @@ def decoders() -> dict[str, Sequence]:
 
 def shrunk(name: str) -> models.Model:
     """A preset with few layers, small widths and a small vocabulary."""
-    spec = edit(spec_of(name), "**.vocab", VOCAB)
-    spec = edit(edit(edit(spec, "width", WIDTH), "**.hidden", 24), "**.heads", 4)
-    for stack in [path for path in ("stack", "encoder", "decoder") if hasattr(spec, path)]:
-        spec = edit(spec, f"{stack}.depth", 2)
-    return spec
+    return load(small(dump(spec_of(name)), top=True))
+
+
+SMALL = {
+    "heads": 4, "head_width": 4, "hidden": 24, "state": 8, "count": 3, "inner": 24, "scaling": None, "fraction": 0.5,
+}  # fmt: skip
+
+
+def small(value: Any, top: bool = False) -> Any:
+    """A spec as plain data, its sizes made small; what tells layers apart is kept in the first and the last."""
+    if isinstance(value, list):
+        return [small(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    made = {key: SMALL[key] if key in SMALL and item else small(item) for key, item in value.items()}
+    if "width" in made:
+        made["width"] = WIDTH if top else 8
+    if made.get("kv_heads"):
+        made["kv_heads"] = 1 if made["kv_heads"] == 1 else 2
+    if made.get("kind") == "stack":
+        layers = made["pattern"] if isinstance(made["pattern"], list) else [made["pattern"]]
+        made |= {"depth": 2, "pattern": [layers[0], layers[-1]], **({"use": [0, 0]} if made.get("use") else {})}
+    if made.get("kind") == "tokens":
+        made["vocab"] = VOCAB
+    if made.get("kind") in ("window", "learned"):
+        made["size"] = 3 if made["kind"] == "window" else ROOM + made.get("offset", 0)
+    return made
 
 
 def pairs() -> dict[str, EncoderDecoder]:

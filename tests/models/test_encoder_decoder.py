@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from qkv.context import Tap
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Module
-from qkv.parts import Head, LayerNorm, Tokens
+from qkv.parts import Head, LayerNorm, Learned, TiedTokens, Tokens
 from qkv.spec import edit
 from tests.contracts.specs import VOCAB, WIDTH, pairs, rough
 
@@ -134,3 +134,19 @@ def test_a_missing_memory_is_named():
 def test_a_source_takes_valid_or_lengths(padding):
     with pytest.raises(QkvError, match="give either valid"):
         model().encode(SOURCE, **padding)
+
+
+def test_a_target_may_share_only_the_table_and_a_model_may_have_no_head():
+    position, norm = Learned(T), LayerNorm()
+    apart = model(target=TiedTokens(position=position, norm=norm))
+    free = model(target=Tokens(vocab=VOCAB, position=position, norm=norm))
+    assert free.count() - apart.count() == VOCAB * WIDTH and apart.positions == T
+    weights = {**apart.state_dict(), "target.tokens.weight": apart.source.table}
+    free.load_state_dict(weights)
+    torch.testing.assert_close(apart(TARGET, **apart.encode(SOURCE)), free(TARGET, **free.encode(SOURCE)), **CLOSE)
+    bare = model(target=TiedTokens(position=position, norm=norm), head=None)
+    bare.load_state_dict({name: tensor for name, tensor in weights.items() if name in bare.state_dict()})
+    memory = bare.encode(SOURCE)
+    torch.testing.assert_close(bare.hidden(TARGET, **memory), apart.hidden(TARGET, **memory), **CLOSE)
+    with pytest.raises(QkvError, match="no head"):
+        bare(TARGET, **memory)

@@ -300,6 +300,11 @@ def test_tiles_that_are_ruled_out_cost_no_product():
     assert counted == {"all": 2 * 16, "causal": 2 * 10, "mask": 2 * 4}
 
 
+def test_a_mask_without_values_rules_nothing_out():
+    q, k, v = (x.to("meta") for x in inputs(64, 64))
+    assert tiled(q, k, v, mask=torch.empty(64, 64, dtype=torch.bool, device="meta"), tile=16).shape == v.shape
+
+
 def test_no_tensor_grows_with_the_square_of_the_length():
     T = 8192
     q, k, v = (torch.randn(1, 1, T, 4, requires_grad=True) for _ in range(3))

@@ -1,11 +1,25 @@
 """Embeddings, written out."""
 
+import copy
+
 import pytest
 import torch
 
 from qkv.context import Context
 from qkv.errors import QkvError
-from qkv.parts import Block, Branch, FeedForward, Head, LayerNorm, Learned, OneHot, Sinusoidal, Stack, Tokens
+from qkv.parts import (
+    Block,
+    Branch,
+    FeedForward,
+    Head,
+    LayerNorm,
+    Learned,
+    OneHot,
+    Sinusoidal,
+    Stack,
+    TiedTokens,
+    Tokens,
+)
 from tests.parts.helpers import seeded, wild
 
 C, V, T = 6, 11, 5
@@ -44,6 +58,33 @@ def test_a_narrow_table_is_projected():
     assert module.table.shape == (V, 3) and module.position.weight.shape == (9, 3)
     inner = module.norm(module.table[IDS] + module.position.weight[:T])
     torch.testing.assert_close(module(IDS, context()), inner @ module.project.weight.T + module.project.bias)
+
+
+def test_tied_tokens_have_all_but_the_table():
+    source = wild(Tokens(vocab=V, position=Learned(9)).build(C))
+    spec = TiedTokens(position=Learned(7, offset=1), segments=2, norm=LayerNorm(), scaled=True)
+    module = wild(spec.build(C, source))
+    x = source.table[IDS] * C**0.5 + module.position.weight[1 : T + 1] + module.segments.weight[0]
+    torch.testing.assert_close(module(IDS, context()), module.norm(x))
+    assert module.table is source.table and module.room == 6
+    assert list(module.state_dict()) == ["position.weight", "segments.weight", "norm.weight", "norm.bias"]
+
+
+def test_tied_tokens_follow_a_table_that_is_replaced_copied_or_trained():
+    model = torch.nn.ModuleDict({"source": Tokens(vocab=V).build(C)})
+    model["target"] = TiedTokens().build(C, model["source"])
+    twin = copy.deepcopy(model)
+    assert twin["target"].table is twin["source"].table is not model["source"].table
+    twin.load_state_dict({"source.tokens.weight": torch.ones(V, C)}, assign=True)
+    assert twin["target"](IDS, context()).eq(1).all()
+    (model["source"](IDS, context()).sum() + model["target"](IDS, context()).sum()).backward()
+    assert model["source"].table.grad.sum() == 2 * IDS.numel() * C and len(list(model.parameters())) == 1
+
+
+def test_tied_tokens_need_a_source_as_wide_as_they_are():
+    for source in (None, Tokens(vocab=V, width=3).build(C)):
+        with pytest.raises(QkvError, match="tied tokens share the table of a source that is 6 wide"):
+            TiedTokens().build(C, source)
 
 
 def test_a_narrow_table_cannot_be_the_heads_matrix():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -134,3 +135,13 @@ def test_a_router_is_a_slot():
         Experts(8, count=0)
     with pytest.raises(QkvError, match="unknown activation"):
         Experts(8, count=4, act="rellu")
+
+
+def test_without_values_it_costs_what_it_costs_with_them():
+    costs = []
+    for device in ("cpu", "meta"):
+        with torch.device(device), FlopCounterMode(display=False) as counter:
+            out = run(Experts(HIDDEN, count=E, router=TopK(2)).build(C), torch.ones(B, T, C))
+        costs.append(counter.get_total_flops())
+    assert out.shape == (B, T, C)
+    assert costs == [2 * B * T * (C * E + 2 * 3 * C * HIDDEN)] * 2  # one router, and three products in two experts

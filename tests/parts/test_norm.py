@@ -22,6 +22,7 @@ def variance(x: Tensor) -> Tensor:
 FORMULAS = {
     "layernorm": (LayerNorm(), lambda m, x: m.weight * (x - mean(x)) / (variance(x) + 1e-5) ** 0.5 + m.bias),
     "layernorm, ε": (LayerNorm(eps=0.5), lambda m, x: m.weight * (x - mean(x)) / (variance(x) + 0.5) ** 0.5 + m.bias),
+    "layernorm, no bias": (LayerNorm(bias=False), lambda m, x: m.weight * (x - mean(x)) / (variance(x) + 1e-5) ** 0.5),
     "rmsnorm": (RMSNorm(), lambda m, x: m.weight * x / (mean(x**2) + 1e-6) ** 0.5),
     "rmsnorm, ε": (RMSNorm(eps=0.5), lambda m, x: m.weight * x / (mean(x**2) + 0.5) ** 0.5),
     "dyt": (DyT(), lambda m, x: m.weight * torch.tanh(m.alpha * x) + m.bias),

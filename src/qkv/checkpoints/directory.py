@@ -1,6 +1,8 @@
 """A directory as the transformers package writes it: config.json, and safetensors in one file or several."""
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qkv.checkpoints.weights import read_json
 from qkv.errors import QkvError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+LARGEST, MOST = 2**24, 2**18
+"""Of a JSON text: bytes and values. The index of 100,000 tensors is below both; what is read of a file stays small."""
 
 
 class Directory:
@@ -21,14 +25,25 @@ class Directory:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.config: dict[str, Any] = read_json(folder / CONFIG)
-        self.files = [self.opened(path) for path in self.shards()]
-        self.file_of = {key: file for file in self.files for key in list(file.keys())}
+        self.config: dict[str, Any] = read_table(folder / CONFIG)
+        self.file_of: dict[str, Any] = {}
+        said = self.index()
+        for name in sorted(set(said.values())) or [SINGLE]:
+            file = self.opened(folder / name)
+            for key in list(file.keys()):
+                if said.get(key, name) != name or key in self.file_of:
+                    raise QkvError(
+                        f"{folder / name} holds {key!r}, which belongs to another file: copy the folder again"
+                    )
+                self.file_of[key] = file
+        lost = [key for key in said if key not in self.file_of]
+        if lost:
+            raise QkvError(f"{folder / said[lost[0]]} lacks {lost[0]!r}, which {INDEX} says it holds: copy it again")
 
-    def shards(self) -> list[Path]:
-        """The files of weights."""
+    def index(self) -> dict[str, str]:
+        """Tensor → file as the index says; empty where there is one file of weights and no index."""
         if (self.path / SINGLE).is_file():
-            return [self.path / SINGLE]
+            return {}
         if not (self.path / INDEX).is_file():
             pickles = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
             if pickles:
@@ -37,22 +52,25 @@ class Directory:
                     f"`qkv convert {self.path} NEW --allow-pickle` reads its weights alone and writes safetensors"
                 )
             raise QkvError(f"{self.path} has no {SINGLE} beside its {CONFIG}: the folder is incomplete, copy it again")
-        index = read_json(self.path / INDEX)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        names = read_table(self.path / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise QkvError(f"{self.path / INDEX} has no table weight_map from tensors to files")
-        found = sorted(set(names.values()))
-        if any(Path(name).name != name for name in found):
+        if not all(is_plain(name) for name in names.values()):
             raise QkvError(f"{self.path / INDEX} names files outside of its folder")
-        return [self.path / name for name in found]
+        return names
 
     def opened(self, path: Path) -> Any:
+        if not path.is_file():
+            raise QkvError(f"{path} does not exist: the folder is incomplete, copy it again")
         try:
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                if size > LARGEST:
+                    raise ValueError(f"its header would have {size:,} bytes")
+                parsed(stream.read(size))
             return safe_open(path, framework="pt")
-        except FileNotFoundError:
-            raise QkvError(f"{path} does not exist: the folder is incomplete, copy it again") from None
         except (SafetensorError, OSError, ValueError) as fault:
-            raise QkvError(f"{path} is damaged or cut off ({fault}): copy it again") from None
+            raise QkvError(f"{path} is damaged or cut off ({str(fault)[:120]}): copy it again") from None
 
     @property
     def keys(self) -> list[str]:
@@ -69,3 +87,47 @@ class Directory:
         if not known:
             raise QkvError(f"{self.path} holds no tensor of floating-point numbers")
         return known[0]
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name that a file gives can only be that of something in its own folder."""
+    whole = name.isprintable() and len(name.encode()) < 256
+    return whole and name not in ("", ".", "..") and not set(name) & set("/\\:")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a table."""
+    found = read_sound(path)
+    if not isinstance(found, dict):
+        raise QkvError(f"{path} is no table of keys and values")
+    return found
+
+
+def read_sound(path: Path) -> Any:
+    """A JSON file that nobody has checked."""
+    if not path.is_file():
+        raise QkvError(f"{path} does not exist: the folder is incomplete, copy it again")
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it is longer than {LARGEST:,} bytes")
+        return parsed(path.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise QkvError(f"{path} is not sound JSON ({str(fault)[:120]}): copy it again") from None
+
+
+def parsed(data: bytes) -> Any:
+    """JSON without a key given twice, counted before it is parsed; `ValueError` says what it is not."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST:
+        raise ValueError(f"it holds more than {MOST:,} values")
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it gives the key {twice!r} twice")
+    return found

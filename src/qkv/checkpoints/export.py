@@ -9,11 +9,12 @@ from torch import Tensor
 
 from qkv.checkpoints.load import Origin
 from qkv.checkpoints.names import parse, write
-from qkv.checkpoints.weights import save_tensors
+from qkv.checkpoints.weights import refuse_adapters, save_tensors
 from qkv.checkpoints.whole import whole_folder
 from qkv.errors import QkvError
-from qkv.models import Module
-from qkv.spec import diff
+from qkv.models import Model, Module, Sequence
+from qkv.parts.head import Vector
+from qkv.spec import diff, edit
 from qkv.zoo import registry
 from qkv.zoo.registry import family_of
 from qkv.zoo.solve import configuration
@@ -21,9 +22,13 @@ from qkv.zoo.solve import configuration
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "generation_config.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
 """The files of a checkpoint that say how text becomes ids and back."""
+
+NEAREST = 4
+"""So many published presets are tried as the beginning of a configuration, the nearest first."""
 
 
 class Saves(Protocol):
@@ -46,40 +51,50 @@ def save_pretrained(model: Module, folder: Path | str, tokenizer: Saves | None =
         (part / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
         save_tensors(tensors, part / "model.safetensors", {"format": "pt"})
         if tokenizer is not None:
-            tokenizer.save(part / "tokenizer.json")
+            tokenizer.save(part)
         elif isinstance(model.origin, Origin) and model.origin.source.path.is_dir():
             for name in BESIDE:
                 if (model.origin.source.path / name).is_file():
+                    (part / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(model.origin.source.path / name, part / name)
     return folder
 
 
 def published(model: Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors by their published names."""
-    state, origin = model.state_dict(), model.origin
+    refuse_adapters(model)
+    spec, state, origin = unpooled(model.spec), model.state_dict(), model.origin
     if isinstance(origin, Origin):
-        values = configuration(model.spec, origin.source.config)
+        values = configuration(spec, origin.source.config)
         return values, {**dict(write(parse(table_of(model, values)), state)), **origin.kept(model.spec)}
-    faults: dict[int, str] = {}
-    for base in bases():
+    found = {base["architectures"][0]: (len(diff(registry.spec_from(base), spec)), base) for base in bases(spec)}
+    fault = "none has its kind of wiring"
+    for _, base in sorted(found.values(), key=lambda pair: pair[0])[:NEAREST]:
         try:
-            values = configuration(model.spec, base)
-        except QkvError as fault:
-            faults[len(diff(registry.spec_from(base), model.spec))] = str(fault)
+            values = configuration(spec, base)
+        except QkvError as said:
+            fault = str(said) if fault.startswith("none") else fault
             continue
         return values, dict(write(parse(table_of(model, values)), state))
-    raise QkvError(f"no published family describes this model, so other tools cannot load it: {faults[min(faults)]}")
+    raise QkvError(f"no published family describes this model, so other tools cannot load it: {fault}")
 
 
-def bases() -> list[dict[str, Any]]:
-    """The configurations of the published presets."""
+def unpooled(spec: Model) -> Model:
+    """The spec without a pooling head that has no weights, which is not config.json's business."""
+    head = spec.head if isinstance(spec, Sequence) else None
+    return edit(spec, "head", None) if isinstance(head, Vector) and head.pool.transform is None else spec
+
+
+def bases(spec: Model) -> list[dict[str, Any]]:
+    """The configurations of the published presets that are wired like a spec."""
     made = [make() for make in registry.PRESETS.values()]
-    return [values for values in made if isinstance(values, dict)]
+    found = [values for values in made if isinstance(values, dict)]
+    return [values for values in found if type(registry.spec_from(values)) is type(spec)]
 
 
 def table_of(model: Module, values: dict[str, Any]) -> str:
     """The names to write: those that the model's file followed, where they still fit it."""
     tables = family_of(values).tables(model.spec)
     origin = model.origin
-    bare = values["architectures"][0].endswith("Model") and not values["architectures"][0].endswith("LMHeadModel")
+    bare = values["architectures"][0].endswith("Model") and getattr(model.spec, "head", None) is None
     return origin.table if isinstance(origin, Origin) and origin.table in tables else tables[-1 if bare else 0]

@@ -3,16 +3,19 @@
 import dataclasses as dc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qkv.checkpoints.directory import Directory
 from qkv.checkpoints.names import Plan, parse, plan, read
+from qkv.checkpoints.sentence import vector_head
 from qkv.checkpoints.weights import empty
 from qkv.errors import QkvError
-from qkv.models import Model, Module
+from qkv.models import Model, Module, Sequence
+from qkv.spec import edit
 from qkv.zoo.registry import family_of, spec_from
 
 
@@ -31,6 +34,14 @@ class Source(Protocol):
         """That of most of its tensors."""
 
     def tensor(self, key: str) -> Tensor: ...
+
+
+@runtime_checkable
+class Foreign(Source, Protocol):
+    """A checkpoint whose tensors are not named as in the family's own files."""
+
+    def tables(self, spec: Model) -> list[str]:
+        """The tables that it may follow."""
 
 
 @dc.dataclass(frozen=True)
@@ -57,13 +68,18 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
     Tensors that are used as they stand stay mapped from the file. Every key of the configuration and every tensor is
     accounted for, and every parameter filled: else `QkvError`.
     """
-    spec = spec_from(source.config, source.keys, str(source.path / "config.json"))
-    model = empty(spec)
+    keys, where = ((), source.path) if isinstance(source, Foreign) else (source.keys, source.path / "config.json")
+    spec = spec_from(source.config, keys, str(where))
+    pooled = vector_head(source.path)
+    if pooled is not None and isinstance(spec, Sequence) and spec.head is None:
+        spec = edit(spec, "head", pooled)
+    with Unfilled():
+        model = empty(spec)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     table, made = matched(source, spec, shapes)
     wanted = dtype or source.dtype
     try:
-        tensors = read(made, shapes, lambda key: source.tensor(key).to(wanted))
+        tensors = read(made, shapes, lambda key: numbers(source, key).to(wanted))
     except QkvError as fault:
         raise QkvError(f"{source.path}: {fault}") from None
     model.load_state_dict(tensors, assign=True)
@@ -71,10 +87,30 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
     return model.eval()
 
 
+RANDOM = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out the random numbers of fresh weights: drawing none on the device meta imports torch's compiler, 1 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RANDOM:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def numbers(source: Source, key: str) -> Tensor:
+    """A tensor of weights, which are floating-point numbers."""
+    tensor = source.tensor(key)
+    if not tensor.is_floating_point():
+        raise QkvError(f"{key} holds {str(tensor.dtype).removeprefix('torch.')}, where floating-point numbers are due")
+    return tensor
+
+
 def matched(source: Source, spec: Model, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Plan]:
     """The first of the family's tables that covers the file."""
     faults = []
-    for table in family_of(source.config).tables(spec):
+    for table in (source if isinstance(source, Foreign) else family_of(source.config)).tables(spec):
         try:
             return table, plan(parse(table), shapes, source.keys)
         except QkvError as fault:

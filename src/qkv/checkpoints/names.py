@@ -16,6 +16,7 @@ inverse, so that the same table writes a file. Every tensor of a file is read by
 import dataclasses as dc
 import itertools
 import re
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 
@@ -27,6 +28,8 @@ from qkv.errors import QkvError
 GROUP = re.compile(r"\{([\w.]*(?:,[\w.]*)+)\}")
 INDEX = re.compile(r"\{(\w+)\}")
 LEAF = r"(?P<leaf>\.weight|\.bias|)"
+HIGHEST = 2**16
+"""More tensors than any model stacks in one."""
 
 
 @dc.dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Row:
             leaf, index = found["leaf"], {key: value for key, value in found.groupdict().items() if key != "leaf"}
             source = filled(self.source, index) + leaf
             stacked = INDEX.search(source) is not None
+            if stacked and shape[0] > HIGHEST:
+                raise QkvError(f"{name} would stack {shape[0]:,} tensors, and no model has so many")
             sources = [INDEX.sub(str(n), source) for n in range(shape[0])] if stacked else [source]
             targets = [filled(target, index) + leaf for target in self.targets]
             if all(target in shapes for target in targets):
@@ -172,24 +177,25 @@ def plan(table: Table, shapes: Mapping[str, Sequence[int]], keys: Collection[str
     """Match a file's names with a model's parameters; `QkvError` lists what does not come out even."""
     made, read, full = Plan(), set[str](), set[str]()
     lacking: dict[str, str] = {}
-    links = table.links(shapes)
+    links, there = table.links(shapes), set(keys)
     for link in links:
         if link.alias or not full.isdisjoint(link.targets):
             continue
-        missing = [source for source in link.sources if source not in keys]
+        missing = [source for source in link.sources if source not in there]
         if missing:
             lacking.update(dict.fromkeys(link.targets, missing[0]))
             continue
         made.links.append(link)
         read.update(link.sources)
         full.update(link.targets)
-    made.aliases = [link for link in links if link.alias and link.sources[0] in keys and link.sources[0] not in read]
+    made.aliases = [link for link in links if link.alias and link.sources[0] in there and link.sources[0] not in read]
     read.update(link.sources[0] for link in made.aliases)
     left = [key for key in keys if key not in read]
     made.derived = [key for key in left if any(pattern.fullmatch(key) for pattern in table.derived)]
-    left = [key for key in left if key not in made.derived]
-    made.kept = [key for key in left if any(pattern.fullmatch(key) for pattern in table.kept)]
-    unread = [key for key in left if key not in made.kept]
+    read.update(made.derived)
+    made.kept = [key for key in left if key not in read and any(pattern.fullmatch(key) for pattern in table.kept)]
+    read.update(made.kept)
+    unread = [key for key in left if key not in read]
     empty = [name for name in shapes if name not in full]
     if unread or empty:
         parts = [
@@ -201,7 +207,9 @@ def plan(table: Table, shapes: Mapping[str, Sequence[int]], keys: Collection[str
 
 
 def shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    """The first of many names, as one short line whatever they are."""
+    few = (name if name.isprintable() and len(name) <= 120 else reprlib.repr(name) for name in names[:4])
+    return ", ".join(few) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def read(made: Plan, shapes: Mapping[str, Sequence[int]], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -218,15 +226,16 @@ def read(made: Plan, shapes: Mapping[str, Sequence[int]], get: Callable[[str], T
 
 def transferred(link: Link, shapes: Mapping[str, Sequence[int]], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """The tensors that a link makes, of the right shapes."""
+    given = [get(source) for source in link.sources]
     try:
-        parts = [apply(link.operations, get(source)) for source in link.sources]
+        parts = [apply(link.operations, one) for one in given]
         x = torch.stack(parts) if link.stacked else parts[0]
         pieces = x.split([shapes[target][0] for target in link.targets]) if len(link.targets) > 1 else [x]
     except (RuntimeError, IndexError, ValueError):
         raise QkvError(f"{link.sources[0]} cannot become {link.targets[0]}: its shape is another") from None
     for target, piece in zip(link.targets, pieces, strict=True):
         if tuple(piece.shape) != tuple(shapes[target]):
-            found, wanted = tuple(piece.shape), tuple(shapes[target])
+            found, wanted = reprlib.repr(tuple(piece.shape)), tuple(shapes[target])
             raise QkvError(f"{link.sources[0]} has the shape {found}, and by the configuration {target} is {wanted}")
     return dict(zip(link.targets, pieces, strict=True))
 

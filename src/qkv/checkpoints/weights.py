@@ -12,6 +12,7 @@ from torch import Tensor
 from qkv.checkpoints.whole import unwritten
 from qkv.errors import QkvError
 from qkv.models import Model, Module
+from qkv.parts.linear import Linear
 from qkv.spec import dump, load
 
 SPEC, WEIGHTS = "spec.json", "model.safetensors"
@@ -19,6 +20,7 @@ SPEC, WEIGHTS = "spec.json", "model.safetensors"
 
 def save_model(model: Module, folder: Path) -> None:
     """Write a model's spec and weights into an existing folder."""
+    refuse_adapters(model)
     (folder / SPEC).write_text(json.dumps(dump(model.spec), indent=2, ensure_ascii=False), encoding="utf-8")
     save_tensors(model.state_dict(), folder / WEIGHTS)
 
@@ -29,6 +31,13 @@ def load_model(folder: Path) -> Module:
     model = empty(spec)
     fill(model, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return model.eval()
+
+
+def refuse_adapters(model: Module) -> None:
+    """Refuse a model with adapters, which are no part of its own files."""
+    names = sorted({name for part in model.modules() if isinstance(part, Linear) for name in part.adapters})
+    if names:
+        raise QkvError(f"the model has the adapter {names[0]!r}: merge it into the weights, or save_adapter writes it")
 
 
 def empty(spec: Model) -> Module:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qkv.errors import QkvError
@@ -21,7 +21,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as fault:
         raise unwritten(path, fault) from fault
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -31,8 +32,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        for file in part.iterdir():
-            sync(file)
+        for file in part.rglob("*"):
+            if file.is_file():
+                sync(file)
         if path.exists():
             shutil.rmtree(path)
         part.replace(path)

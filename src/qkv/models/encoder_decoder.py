@@ -7,7 +7,7 @@ from torch import Tensor
 from qkv.context import Tap
 from qkv.masks import Causal, Full, Mask
 from qkv.models.model import Model, Module, Wiring, run
-from qkv.parts.embed import TokenEmbedding, Tokens
+from qkv.parts.embed import TiedTokens, TokenEmbedding, Tokens
 from qkv.parts.head import Head, Output
 from qkv.parts.norm import Norm
 from qkv.parts.stack import Stack
@@ -18,18 +18,19 @@ from qkv.spec import part
 class EncoderDecoder(Model):
     """p(y | x) = Π p(y_t | y_<t, encode(x)) (Vaswani 2017).
 
-    The decoder's cross-attention reads the memory named `memory`. `target=None` shares the source's embedding.
+    The decoder's cross-attention reads the memory named `memory`. `target=None` shares the source's embedding,
+    `TiedTokens` only its table.
     """
 
     width: int
     source: Tokens
     encoder: Stack
     decoder: Stack
-    target: Tokens | None = None
+    target: Tokens | TiedTokens | None = None
     mask: Mask = Causal()
     encoder_norm: Norm | None = None
     decoder_norm: Norm | None = None
-    head: Output = Head()
+    head: Output | None = Head()
 
     def build(self) -> "EncoderDecoderModel":
         return EncoderDecoderModel(self)
@@ -53,11 +54,11 @@ class EncoderDecoderModel(Module):
         super().__init__()
         self.spec = spec
         self.source = spec.source.build(spec.width)
-        self.target = spec.target.build(spec.width) if spec.target else None
+        self.target = spec.target.build(spec.width, self.source) if spec.target else None
         self.encoder, self.decoder = spec.encoder.build(spec.width), spec.decoder.build(spec.width)
         self.encoder_norm = spec.encoder_norm.build(spec.width) if spec.encoder_norm else None
         self.decoder_norm = spec.decoder_norm.build(spec.width) if spec.decoder_norm else None
-        self.head = spec.head.build(spec.width, self.embed.table)
+        self.head = spec.head.build(spec.width, self.embed.table) if spec.head else None
 
     @property
     def embed(self) -> TokenEmbedding:

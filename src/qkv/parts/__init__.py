@@ -1,7 +1,7 @@
 """What holds weights: each file shows the specs that one reads, and below them the modules that they build."""
 
 from qkv.parts.block import Block, Branch, Gate, LayerScale, Parallel
-from qkv.parts.embed import Embedding, Tokens
+from qkv.parts.embed import Embedding, TiedTokens, Tokens
 from qkv.parts.experts import Experts, Router, TopK
 from qkv.parts.feedforward import FeedForward, Gated
 from qkv.parts.head import Classifier, Head, Output, Pool, Span, Tagger, Transform, Vector
@@ -78,6 +78,7 @@ __all__ = [
     "Span",
     "Stack",
     "Tagger",
+    "TiedTokens",
     "Tokens",
     "TopK",
     "Transform",

@@ -107,11 +107,18 @@ class _Experts(Body):
         context.emit("router", routed.logits)
         experts = routed.experts if valid is None else routed.experts.masked_fill(~valid[..., None], self.spec.count)
         order = experts.flatten().argsort(stable=True)  # by expert, padding last
-        loads = experts.flatten().bincount(minlength=self.spec.count + 1).tolist()[:-1]
+        loads = self.loads(experts)
         order = order[: sum(loads)]
         tokens = order // experts.shape[-1]
         y = self.products(x.flatten(0, 1)[tokens], loads) * routed.weights.flatten()[order, None]
         return y.new_zeros(x.shape).flatten(0, 1).index_add(0, tokens, y).view(x.shape).to(x.dtype)
+
+    def loads(self, experts: Tensor) -> list[int]:
+        """How many tokens each expert gets; about equally many where the tensors have no values (the meta device)."""
+        count, places = self.spec.count, experts.numel()
+        if experts.is_meta:
+            return [(e + 1) * places // count - e * places // count for e in range(count)]
+        return experts.flatten().bincount(minlength=count + 1).tolist()[:-1]
 
     def products(self, x: Tensor, loads: list[int]) -> Tensor:
         """Rows sorted by expert, of which expert e takes the next loads[e] → what each makes of its own."""

@@ -148,10 +148,14 @@ POOLS: dict[str, Take] = {"first": first, "last": last, "mean": mean, "max": lar
 
 @part("pool")
 class Pool(Spec):
-    """One vector of a text: its first or last token's, or the mean or the maximum over its tokens; then `transform`."""
+    """One vector of a text: its first or last token's, or the mean or the maximum over its tokens.
+
+    Then transform(dropout(x)).
+    """
 
     take: str = "first"
     transform: Transform | None = None
+    dropout: float = 0.0
 
     def check(self) -> None:
         if self.take not in POOLS:
@@ -170,6 +174,7 @@ class _Pool(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         x = self.take(x, x.new_ones(x.shape[:2], dtype=torch.bool) if valid is None else valid)
+        x = dropout(x, self.spec.dropout) if self.training and self.spec.dropout else x
         return x if self.transform is None else self.transform(x)
 
 
@@ -252,16 +257,23 @@ class _Tagger(OutputModule):
 
 @part("span")
 class Span(Output):
-    """How well an answer begins and ends at each token: W x + b, B T C → B T 2 (Devlin 2018, on SQuAD)."""
+    """How well an answer begins and ends at each token: W dropout(transform(x)) + b, B T C → B T 2 (Devlin 2018)."""
+
+    transform: Transform | None = None
+    dropout: float = 0.0
 
     def build(self, width: int, table: Tensor) -> OutputModule:
-        return _Span(width)
+        return _Span(self, width)
 
 
 class _Span(OutputModule):
-    def __init__(self, width: int) -> None:
+    def __init__(self, spec: Span, width: int) -> None:
         super().__init__()
-        self.ends = Linear(width, 2, bias=True, axes=("label", "embed"))
+        self.spec = spec
+        self.transform = spec.transform.build(width) if spec.transform else None
+        inner = width if self.transform is None else self.transform.width
+        self.ends = Linear(inner, 2, bias=True, axes=("label", "embed"))
 
     def forward(self, x: Tensor, table: Tensor, valid: Tensor | None = None) -> Tensor:
-        return self.ends(x)
+        x = x if self.transform is None else self.transform(x)
+        return self.ends(dropout(x, self.spec.dropout) if self.training and self.spec.dropout else x)

@@ -22,9 +22,10 @@ class Norm(Spec):
 
 @part("layernorm")
 class LayerNorm(Norm):
-    """γ (x − mean x) / √(var x + ε) + β over the features of each token (Ba 2016)."""
+    """γ (x − mean x) / √(var x + ε) + β over the features of each token (Ba 2016); β is 0 without a `bias`."""
 
     eps: float = 1e-5
+    bias: bool = True
 
     def build(self, width: int) -> nn.Module:
         return _LayerNorm(self, width)
@@ -33,8 +34,8 @@ class LayerNorm(Norm):
 class _LayerNorm(nn.Module):
     def __init__(self, spec: LayerNorm, width: int) -> None:
         super().__init__()
-        self.spec = spec
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.spec, self.weight = spec, nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.spec.eps)

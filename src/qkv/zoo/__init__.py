@@ -1,8 +1,31 @@
 """One file a family: published facts only."""
 
-from qkv.zoo import bert, gpt, llama, transformer
+from qkv.zoo import (
+    albert,
+    bart,
+    bert,
+    distilbert,
+    electra,
+    falcon,
+    gemma,
+    gpt,
+    gpt1,
+    gpt2,
+    llama,
+    mamba,
+    marian,
+    mixtral,
+    modernbert,
+    neox,
+    phi3,
+    roberta,
+    t5,
+    transformer,
+)
 from qkv.zoo.registry import FAMILIES, PRESETS, family_of, preset, spec_from, spec_of
 
 __all__ = [
-    "FAMILIES", "PRESETS", "bert", "family_of", "gpt", "llama", "preset", "spec_from", "spec_of", "transformer",
+    "FAMILIES", "PRESETS", "albert", "bart", "bert", "distilbert", "electra", "falcon", "family_of", "gemma", "gpt",
+    "gpt1", "gpt2", "llama", "mamba", "marian", "mixtral", "modernbert", "neox", "phi3", "preset", "roberta",
+    "spec_from", "spec_of", "t5", "transformer",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ how a wrong model runs. Values come from a file that nobody has checked: each is
 """
 
 from collections.abc import Collection, Mapping
+from reprlib import repr as shown
 from typing import Any, TypeVar
 
 from qkv.errors import QkvError
@@ -12,12 +13,14 @@ from qkv.spec import nearest
 
 T = TypeVar("T")
 MOST = 2**31
-DEEPEST = 4096
+DEEPEST = 512
+LEAST_NUMBER, MOST_NUMBER = 1e-38, 1e38
+"""Between them fp32 holds every number, with either sign, in full precision."""
 
 INERT = """
     _name_or_path _commit_hash architectures attn_implementation auto_map begin_suppress_tokens bos_token_id
-    cls_token_id
-    dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_range is_encoder_decoder
+    chunk_size_feed_forward cls_token_id dtype eos_token_id eos_token_ids tie_encoder_decoder xla_device
+    finetuning_task gradient_checkpointing id2label initializer_range is_encoder_decoder
     label2id mask_token_id model_type num_labels output_attentions output_hidden_states output_past pad_token_id
     problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
     torchscript transformers_version use_bfloat16 use_cache use_return_dict decoder_start_token_id
@@ -61,7 +64,9 @@ class Config:
         """A whole number from `least` to `most`."""
         value = self.value(key, default, int)
         if not least <= value <= most:
-            raise QkvError(f"{self.where}: {key} is {value}; a whole number from {least:,} to {most:,} is expected")
+            raise QkvError(
+                f"{self.where}: {key} is {shown(value)}; a whole number from {least:,} to {most:,} is expected"
+            )
         return value
 
     def optional(self, key: str) -> int | None:
@@ -76,8 +81,8 @@ class Config:
     def number(self, key: str, default: float | None = None) -> float:
         """A number."""
         value = self.value(key, default, float)
-        if not abs(value) < float("inf"):
-            raise QkvError(f"{self.where}: {key} is {value}; a finite number is expected")
+        if value and not LEAST_NUMBER <= abs(value) <= MOST_NUMBER:
+            raise QkvError(f"{self.where}: {key} is {value}; a finite number is expected, which fp32 can hold")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -92,7 +97,7 @@ class Config:
         """An activation, by our name."""
         name = self.text(key, default)
         if name not in ACTIVATIONS:
-            raise QkvError(f"{self.where}: {key} is {name!r}{nearest(name, ACTIVATIONS)}")
+            raise QkvError(f"{self.where}: {key} is {shown(name)}{nearest(name[:64], ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
     def list(self, key: str, kind: type[T], size: int | None = None) -> list[T]:
@@ -100,10 +105,9 @@ class Config:
         values = self.value(key, [], list)
         if size is not None and len(values) != size:
             raise QkvError(f"{self.where}: {key} holds {len(values)} values; {size} are expected")
-        for value in values:
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise QkvError(f"{self.where}: {key} holds {value!r}; each is expected to be of type {kind.__name__}")
-        return values
+        if len(values) > DEEPEST:
+            raise QkvError(f"{self.where}: {key} holds {len(values)} values; {DEEPEST} are the most that a model needs")
+        return [self.typed(value, kind, f"{key} holds") for value in values]
 
     def table(self, key: str) -> "Config":
         """A table in the table, to be closed by itself; empty where it is absent."""
@@ -118,10 +122,13 @@ class Config:
             if default is None:
                 raise QkvError(f"{self.where} lacks the key {key!r}")
             return default
-        if kind is float and type(value) is int:
+        return self.typed(value, kind, f"{key} is")
+
+    def typed(self, value: Any, kind: type[T], said: str) -> T:
+        if kind is float and type(value) is int and abs(value) <= MOST_NUMBER:
             value = float(value)
         if type(value) is not kind:
-            raise QkvError(f"{self.where}: {key} is {value!r}, which is not of the type {kind.__name__}")
+            raise QkvError(f"{self.where}: {said} {shown(value)}, which is not of the type {kind.__name__}")
         return value
 
     # --- asserted and inert ---
@@ -132,7 +139,7 @@ class Config:
         found = self.values.get(key)
         if found is not None and found not in values:
             said = " or ".join(map(repr, values)) or "nothing"
-            raise QkvError(f"{self.where}: {key} is {found!r}, for which qkv has no part; it runs {said}")
+            raise QkvError(f"{self.where}: {key} is {shown(found)}, for which qkv has no part; it runs {said}")
 
     def ignore(self, *keys: str) -> None:
         """Keys that change no number: training settings, remarks."""
@@ -143,7 +150,7 @@ class Config:
         left = sorted(key for key, value in self.values.items() if key not in self.used and value is not None)
         if left:
             raise QkvError(
-                f"{self.where} has keys that this family does not know: {', '.join(map(repr, left[:6]))}; "
+                f"{self.where} has keys that this family does not know: {', '.join(map(shown, left[:6]))}; "
                 "ignoring them could run another model than the one that was published"
             )
 
@@ -158,13 +165,16 @@ class Config:
 
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
-        names = self.values.get("id2label")
-        if names is None:
-            return tuple(f"LABEL_{n}" for n in range(self.integer("num_labels", 2, most=2**20)))
+        names, count = self.value("id2label", {}, dict), self.optional("num_labels")
+        if not names or count not in (None, len(names)):  # an old file may keep two names for 50 classes
+            return tuple(f"LABEL_{n}" for n in range(self.integer("num_labels", 2, most=2**16)))
         try:
-            return tuple(str(names[key]) for key in sorted(names, key=int))
-        except (TypeError, ValueError, KeyError):
-            raise QkvError(f"{self.where}: id2label is no table from numbers to names") from None
+            found = {int(number): name for number, name in names.items()}
+        except ValueError:
+            found = {}
+        if sorted(found) != list(range(len(names))) or not all(isinstance(name, str | int) for name in found.values()):
+            raise QkvError(f"{self.where}: id2label is no table from the numbers 0, 1, … to names")
+        return tuple(str(found[n]) for n in range(len(found)))
 
     def tied(self, matrix: str, default: bool = True) -> bool:
         """Whether the head shares the embedding's table: as the file says, or where it has no such matrix."""

@@ -6,6 +6,7 @@ published configuration, or a spec where its form has none, with what it is in i
 
 import dataclasses as dc
 from collections.abc import Callable, Collection, Mapping
+from reprlib import repr as shown
 from typing import Any, TypeAlias
 
 from qkv.errors import QkvError
@@ -16,6 +17,8 @@ from qkv.zoo.config import Config
 Reader: TypeAlias = Callable[[Config], Model]
 Preset: TypeAlias = Callable[[], Model | dict[str, Any]]
 Names: TypeAlias = str | Callable[[Any], str]
+LONGEST = 400
+"""Of what a family says of a configuration's values, in characters."""
 
 
 @dc.dataclass(frozen=True)
@@ -58,7 +61,7 @@ def family_of(values: Mapping[str, Any], where: str = "config.json") -> Family:
         raise QkvError(f"{where} has no model_type, which says what model it is")
     if kind not in FAMILIES:
         own = "; it brings code of its own (auto_map), which qkv never runs" if "auto_map" in values else ""
-        raise QkvError(f"{where}: qkv does not know the model_type {kind!r}{own}{nearest(kind, FAMILIES)}")
+        raise QkvError(f"{where}: qkv does not know the model_type {shown(kind)}{own}{nearest(kind[:64], FAMILIES)}")
     return FAMILIES[kind]
 
 
@@ -72,7 +75,10 @@ def spec_from(values: Mapping[str, Any], keys: Collection[str] = (), where: str 
     try:
         spec = family_of(values, where).spec(config)
     except QkvError as fault:
-        raise fault if str(fault).startswith(where) else QkvError(f"{where}: {fault}") from None
+        said = str(fault)
+        raise QkvError(said if said.startswith(where) else f"{where}: {said[:LONGEST]}") from None
+    except ArithmeticError as fault:
+        raise QkvError(f"{where}: its numbers make no model ({fault})") from None
     config.close()
     return spec
 

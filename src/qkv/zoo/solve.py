@@ -5,6 +5,7 @@ set keys to the values that the spec has where the two differ, as long as that b
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, combinations
 from typing import Any
 
 from qkv.errors import QkvError
@@ -13,7 +14,10 @@ from qkv.spec import Change, diff
 from qkv.zoo.config import ACTIVATIONS
 from qkv.zoo.registry import spec_from
 
-TASKS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "PreTraining")
+TASKS = (
+    "CausalLM", "MaskedLM", "ConditionalGeneration", "SequenceClassification", "TokenClassification",
+    "QuestionAnswering", "PreTraining",
+)  # fmt: skip
 
 
 def configuration(spec: Model, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def configuration(spec: Model, base: Mapping[str, Any]) -> dict[str, Any]:
     values = {**base, **labels(spec)}
     left = diff(spec_from(values), spec)
     while left:
-        for keys in candidates(values, left):
+        for keys in chain(candidates(values, left), together(values, left)):
             tried = {**values, **keys}
             try:
                 after = diff(spec_from(tried), spec)
@@ -56,6 +60,22 @@ def candidates(values: Mapping[str, Any], left: list[Change]) -> Iterator[dict[s
     stem = values.get("architectures", [""])[0].partition("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
     yield from ({"architectures": [f"{stem}For{task}"]} for task in TASKS)
     yield from ({"architectures": [f"{stem}{bare}"]} for bare in ("Model", "LMHeadModel"))
+
+
+def together(values: Mapping[str, Any], left: list[Change]) -> Iterator[dict[str, Any]]:
+    """Two or three keys at once, for those that must agree: each holds what the spec had, and gets what it has."""
+    plain = int | float | str
+    moves = {(c.before, c.after) for c in left if isinstance(c.before, plain) and isinstance(c.after, plain)}
+    steps: list[dict[str, Any]] = []
+    for key, value in values.items():
+        for before, after in moves:
+            if type(value) is type(after) and value == before:
+                steps.append({key: after, **resized(values, value, after)})
+            elif isinstance(value, str) and ACTIVATIONS.get(value) == before:
+                steps += [{key: name} for name, ours in ACTIVATIONS.items() if ours == after]
+    if len(moves) <= 3:  # else it is another model altogether
+        for some in chain(combinations(steps, 2), combinations(steps, 3)):
+            yield {key: value for step in some for key, value in step.items()}
 
 
 def resized(values: Mapping[str, Any], before: Any, after: Any) -> dict[str, Any]:

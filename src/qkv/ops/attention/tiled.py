@@ -125,7 +125,7 @@ class _Tiles:
         for start in range(0, end, self.side):
             columns = slice(start, min(start + self.side, end))
             seen = self.seen(rows, columns)
-            if seen is not None and not seen.any():
+            if seen is not None and not seen.is_meta and not seen.any():  # of a meta tensor nothing is known
                 continue
             added = None if self.bias is None else self.bias(rows, columns)
             if seen is not None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.errors import QkvError
+from qkv.ops.precision import as_given
 from qkv.ops.recall.naive import Recalled, arrange, naive
 
 
@@ -45,7 +46,7 @@ def chunked(
         """… T D → … N C D; zeros fill up the last chunk: they keep the memory and write nothing."""
         return (F.pad(x, (0, 0, 0, -T % C)) if T % C else x).unflatten(-2, (-1, C))
 
-    with torch.autocast(v.device.type, enabled=False):
+    with as_given(v):
         x = arrange(q, k, v, g, beta, state)
         Q, K, V = cut(x.q), cut(x.k), cut(x.v)
         a = scores(Q[None] if x.beta is None else torch.stack((Q, K)), K, cut(x.g))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
+from qkv.ops.precision import as_given
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ def naive(
     x = arrange(q, k, v, g, beta, state)
     S, out = x.state, []
     betas = [None] * v.shape[2] if x.beta is None else x.beta.unbind(3)
-    with torch.autocast(v.device.type, enabled=False):
+    with as_given(v):
         # unbind: the gradient of an index has the size of the whole tensor, which would make the loop quadratic
         for token in zip(x.q.unbind(3), x.k.unbind(3), x.v.unbind(3), x.g.unbind(3), betas, strict=True):
             now = step(*token, S)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qkv.ops.precision import as_given
 from qkv.ops.scan.naive import Scanned, begin, naive
 
 
@@ -20,7 +21,7 @@ def chunked(
     if x.shape[1] == 1:
         return naive(x, dt, A, B, C, h)
     h = begin(x, dt, A, B, C, h)
-    with torch.autocast(x.device.type, enabled=False):
+    with as_given(x):
         y, h = _Scan.apply(*(z.to(h.dtype) for z in (x, dt, A, B, C)), h, segment)
     return Scanned(y.to(x.dtype), h)
 

@@ -44,7 +44,9 @@ class _Rotary(Positional):
 
     def __init__(self, spec: Rotary, head_width: int) -> None:
         super().__init__(spec)
-        self.turned = int(head_width * spec.fraction) // 2 * 2
+        self.turned = int(head_width * spec.fraction)
+        if self.turned % 2 or not self.turned:
+            raise QkvError(f"rotary positions turn pairs, and {spec.fraction} of {head_width} is {self.turned} values")
         if spec.scaling is not None:
             spec.scaling.fits(self.turned)
 

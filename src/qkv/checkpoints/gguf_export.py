@@ -1,0 +1,350 @@
+"""Back out to GGUF, for llama.cpp."""
+
+import dataclasses as dc
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.checkpoints.directory import Directory
+from qkv.checkpoints.export import published
+from qkv.checkpoints.gguf_model import GGUFModel, configuration, shortest, turning
+from qkv.checkpoints.gguf_write import Typed, write_gguf
+from qkv.checkpoints.load import Origin
+from qkv.checkpoints.names import parse, write
+from qkv.checkpoints.weights import read_json
+from qkv.errors import QkvError
+from qkv.masks import Full
+from qkv.models import Model, Module, Sequence
+from qkv.ops.blocks import BLOCKS
+from qkv.ops.blocks.packed import Packed
+from qkv.parts import Attention, FeedForward, Mamba, Rotary
+from qkv.parts.position import LinearScaling
+from qkv.spec import Change, diff, nearest
+from qkv.zoo.config import Config
+from qkv.zoo.gguf import (
+    ALWAYS_F32,
+    CONTROL,
+    CUTS,
+    FILE_TYPES,
+    NORMAL,
+    SPECIAL,
+    UNUSED,
+    USER_DEFINED,
+    Architecture,
+    architecture_for,
+)
+from qkv.zoo.registry import family_of, spec_from
+from qkv.zoo.solve import configuration as solved
+
+INHERITED = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
+"""What another file's `general.*` says of itself alone."""
+
+
+@dc.dataclass(frozen=True)
+class Exported:
+    """What was written: how many tensors of each type, and those whose rows no blocks of the type fit."""
+
+    path: Path
+    types: dict[str, int]
+    instead: dict[str, str]
+    """Name → the type that it has instead of the one asked for."""
+    tokenizer: bool
+    """Whether the file can turn text into tokens."""
+
+
+def save_gguf(
+    model: Module, path: Path | str, tokenizer_metadata: Mapping[str, Any] | None = None, type: str = "F16"
+) -> Exported:
+    """Write a model as one .gguf file, its matrices as F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+
+    As llama.cpp has it, norms, biases and other vectors are F32, rows that are no multiple of 32 are F16 instead of
+    blocks, and the table that makes the logits is never below Q8_0. `tokenizer_metadata` are the keys `tokenizer.*`;
+    without them those of the file that the model was loaded from are taken, or made from the tokenizer.json beside it.
+    Raises QkvError, and writes nothing, where the format cannot say what the model is.
+    """
+    if type not in FILE_TYPES:
+        raise QkvError(
+            f"{path}: weights can be written as {', '.join(FILE_TYPES)}, not as {type!r}{nearest(type, FILE_TYPES)}"
+        )
+    values = configured(model)
+    architecture = architecture_for(values["model_type"])
+    table = parse(architecture.tables(model.spec)[0])
+    shapes = {name: tuple(x.shape) for name, x in write(table, on_meta(model))}
+    says, factors = facts(architecture, values, model.spec)
+    check(architecture, says, {**shapes, **{name: x.shape for name, x in factors.items()}}, factors, model.spec)
+    types = {name: type_of(name, shape, type, tied="output.weight" not in shapes) for name, shape in shapes.items()}
+    tokens = (
+        tokenizer_metadata if tokenizer_metadata is not None else tokenizer_of(model, shapes["token_embd.weight"][0])
+    )
+    metadata = {
+        "general.architecture": architecture.name,
+        **general(model),
+        "general.file_type": FILE_TYPES[type],
+        "general.quantization_version": 2,
+        **{f"{architecture.name}.{key}": value for key, value in says.items()},
+        **(typed(tokens) if tokens else {"tokenizer.ggml.model": "none"}),
+    }
+
+    def tensors() -> Iterator[tuple[str, str, Tensor]]:
+        yield from ((name, "F32", x) for name, x in factors.items())
+        for name, x in write(table, model.state_dict()):
+            yield name, types[name], x.dequantise() if isinstance(x, Packed) else x
+
+    write_gguf(path, metadata, tensors())
+    other = {name: one for name, one in types.items() if one not in (type, "F32")}
+    return Exported(Path(path), dict(Counter([*types.values(), *("F32" for _ in factors)])), other, bool(tokens))
+
+
+def type_of(name: str, shape: tuple[int, ...], wanted: str, *, tied: bool) -> str:
+    """The type of a tensor in a file whose matrices are of a type."""
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", *ALWAYS_F32)):
+        return "F32"
+    if wanted in ("Q4_0", "Q4_1") and name == ("token_embd.weight" if tied else "output.weight"):
+        wanted = "Q8_0"
+    return "F16" if shape[-1] % BLOCKS[wanted].weights else wanted
+
+
+def on_meta(model: Module) -> dict[str, Tensor]:
+    return {name: torch.empty(x.shape, device="meta") for name, x in model.state_dict().items()}
+
+
+# --- metadata of the model ---
+
+
+class Asked(Config):
+    """A configuration that remembers what a family read from it, its own defaults included."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.read: dict[str, Any] = {}
+
+    def value(self, key: str, default: Any, kind: type[Any]) -> Any:
+        self.read[key] = super().value(key, default, kind)
+        return self.read[key]
+
+
+def configured(model: Module) -> dict[str, Any]:
+    """The config.json of a model, complete."""
+    origin = model.origin
+    values = solved(model.spec, origin.source.config) if isinstance(origin, Origin) else published(model)[0]
+    asked = Asked(values)
+    family_of(values).spec(asked)
+    return {**values, **asked.read}
+
+
+def facts(architecture: Architecture, values: dict[str, Any], spec: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What stands behind the architecture's name in the metadata, and the tensors that belong to it."""
+    heads, keys = attentions(spec), architecture.keys
+    values, rope, factors = {**values, **sizes(spec)}, {}, {}
+    if heads:
+        assert isinstance(spec, Sequence)
+        wide = next((one for one in heads if one.mask == Full()), heads[0])
+        near = next((one for one in heads if one.mask != Full()), None)
+        head = wide.head_width or spec.width // wide.heads
+        values |= {"head_dim": head, "num_key_value_heads": wide.kv_heads or wide.heads}
+        if isinstance(wide.position, Rotary):
+            said = turning(wide.position, head)
+            rope, factors = said.keys, said.factors
+            values |= {"rope_theta": wide.position.theta, "rotary_width": int(head * wide.position.fraction)}
+        if near is not None and isinstance(near.position, Rotary):
+            values["rope_local_base_freq"] = near.position.theta
+    if values.get("layer_types"):
+        values["sliding_window_pattern"] = period(values["layer_types"])
+    says = {
+        key: values[at]
+        for key, at in keys.rows
+        if values.get(at) is not None and (at not in keys.usual or keys.usual[at] != values[at])
+    }
+    asked = {key: value for key, value in keys.inert.items() if value is not None}
+    return {**says, **keys.fixed, **asked, **rope}, factors
+
+
+def sizes(spec: Model) -> dict[str, Any]:
+    """What a config.json may leave to be computed."""
+    if not isinstance(spec, Sequence):
+        return {}
+    found: dict[str, Any] = {}
+    for branch in spec.stack.blocks[0].branches.values():
+        if isinstance(branch.f, FeedForward):
+            found["n_inner"] = branch.f.hidden
+        if isinstance(branch.f, Mamba):
+            found["time_step_rank"] = branch.f.rank or -(-spec.width // 16)
+    return found
+
+
+def period(kinds: list[str]) -> int:
+    """Every which layer sees more than a window: 6 where the layers are too few to tell."""
+    fits = (
+        n
+        for n in (6, *range(1, len(kinds) + 1))
+        if all((i % n == n - 1) == (k == "full_attention") for i, k in enumerate(kinds))
+    )
+    return next(fits, 6)
+
+
+def attentions(spec: Model) -> list[Attention]:
+    if not isinstance(spec, Sequence):
+        return []
+    return [b.f for layer in spec.stack.layers for b in layer.branches.values() if isinstance(b.f, Attention)]
+
+
+def check(
+    architecture: Architecture,
+    says: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    factors: Mapping[str, Tensor],
+    spec: Model,
+) -> None:
+    """Read back what is about to be written: `QkvError` says where it would be another model."""
+    listed = {name: shortest(x.tolist()) for name, x in factors.items()}
+    back = spec_from(configuration(architecture, says, shapes, listed, "the file"))
+    left = [change for change in diff(spec, back) if not means_the_same(change)]
+    for before, after in zip(attentions(spec), attentions(back), strict=not left):
+        if isinstance(spec, Sequence) and not turn_alike(before, after, spec.width):
+            left.append(Change("position", before.position, after.position))
+    if left:
+        raise QkvError(f"GGUF has no form for this {architecture.kind} model, which would be read back with {left[0]}")
+
+
+def means_the_same(change: Change) -> bool:
+    """Whether two specs compute the same for all of a difference: in evaluation, and in 32 bits."""
+    name, (before, after) = change.path.rpartition(".")[2], (change.before, change.after)
+    if name in ("dropout", "survival", "fraction") or ".position.scaling" in change.path:
+        return True  # rotary positions are compared by what they do
+    if name in ("head_width", "kv_heads"):
+        return before is None or after is None  # one says what the other leaves to the width and the heads
+    return isinstance(before, float) and isinstance(after, float) and abs(before - after) <= 1e-6 * abs(before)
+
+
+def turn_alike(a: Attention, b: Attention, width: int) -> bool:
+    """Whether two rotary positions have the same rates, at the shortest text and at the longest."""
+    x, y = rates(a, width), rates(b, width)
+    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5)
+
+
+def rates(attention: Attention, width: int) -> Tensor:
+    """The rates at both ends, and what they are multiplied by."""
+    if not isinstance(attention.position, Rotary):
+        return torch.zeros(())
+    rotary, head = attention.position, attention.head_width or width // attention.heads
+    scaling, turned = rotary.scaling or LinearScaling(1.0), int(head * rotary.fraction)
+    ends = [torch.full((1, 1, 1), length) for length in (1.0, 1e9)]
+    return torch.cat(
+        [*(scaling.rates(rotary.theta, turned, n).flatten() for n in ends), torch.tensor([scaling.magnitude])]
+    )
+
+
+def general(model: Module) -> dict[str, Any]:
+    """What the file is called, and what the file before it said of itself."""
+    source = model.origin.source if isinstance(model.origin, Origin) else None
+    said = source.file.metadata if isinstance(source, GGUFModel) else {}
+    kept = {
+        key: value for key, value in said.items() if key.startswith("general.") and key not in INHERITED and value != []
+    }
+    name = source.path.resolve().name.removesuffix(".gguf") if source is not None else type(model.spec).__name__
+    return {"general.type": "model", "general.name": name, **kept}
+
+
+# --- metadata of the tokenizer ---
+
+
+def typed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """With the widths that llama.cpp reads; a list without elements has none and is left out."""
+    widths = {"tokenizer.ggml.token_type": "int32", "tokenizer.ggml.scores": "float32"}
+    kept = {key: value for key, value in metadata.items() if value != []}
+    return {key: Typed(widths[key], value) if key in widths else value for key, value in kept.items()}
+
+
+def tokenizer_of(model: Module, size: int) -> dict[str, Any] | None:
+    """The keys of the file that the model was loaded from, or of the tokenizer.json beside its weights."""
+    source = model.origin.source if isinstance(model.origin, Origin) else None
+    if isinstance(source, GGUFModel):
+        return {key: value for key, value in source.file.metadata.items() if key.startswith("tokenizer.")}
+    if not isinstance(source, Directory) or not (source.path / "tokenizer.json").is_file():
+        return None
+    beside, template = source.path / "tokenizer_config.json", source.path / "chat_template.jinja"
+    config = read_json(beside) if beside.is_file() else {}
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    return tokenizer_metadata(read_json(source.path / "tokenizer.json"), config, size)
+
+
+def tokenizer_metadata(
+    tokenizer: Mapping[str, Any], config: Mapping[str, Any] | None = None, size: int | None = None
+) -> dict[str, Any]:
+    """The keys `tokenizer.*` of a tokenizer.json that pairs bytes, as GPT-2, Llama 3, Qwen and SmolLM have it.
+
+    `config` is the tokenizer_config.json beside it, which names the special tokens and holds the chat template; ids up
+    to the model's `size` that have no token get one that no text holds. Raises QkvError for another kind of tokenizer.
+    """
+    config, cuts = config or {}, tuple(cut(step) for step in steps(tokenizer.get("pre_tokenizer")))
+    if tokenizer["model"].get("type") != "BPE" or cuts not in CUTS:
+        kind, known = tokenizer["model"].get("type"), ", ".join(sorted(set(CUTS.values())))
+        raise QkvError(
+            f"tokenizer.json is a {kind} tokenizer that cuts text by {cuts}, which is none of GGUF's kinds that are "
+            f"written here, {known}: give tokenizer_metadata yourself"
+        )
+    added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
+    tokens = {i: text for text, i in tokenizer["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    size = max(tokens) + 1 if size is None else size
+    if max(tokens) >= size:
+        raise QkvError(f"the tokenizer has the id {max(tokens)}, and the model only {size} rows for tokens")
+    ids = {text: i for i, text in tokens.items()}
+    kinds = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
+    named = {role: ids.get(spelt(config.get(f"{role}_token"))) for role in SPECIAL}
+    begins, ends = framed(tokenizer.get("post_processor"), tokens, named)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": CUTS[cuts],
+        "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
+        "tokenizer.ggml.token_type": [kinds.get(i, NORMAL if i in tokens else UNUSED) for i in range(size)],
+        "tokenizer.ggml.merges": merges,
+        **{f"tokenizer.ggml.{SPECIAL[role]}_token_id": i for role, i in named.items() if i is not None},
+        "tokenizer.ggml.add_bos_token": config.get("add_bos_token", begins) is True,
+        "tokenizer.ggml.add_eos_token": config.get("add_eos_token", ends) is True,
+        **templates(config.get("chat_template")),
+    }
+
+
+def steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    return list(pre_tokenizer["pretokenizers"]) if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+
+
+def cut(step: Mapping[str, Any]) -> str:
+    """How a step of a pre-tokenizer cuts text: by a pattern, or by its name."""
+    if step["type"] == "Split":
+        return str(step["pattern"].get("Regex"))
+    plain = step["type"] == "ByteLevel" and step.get("use_regex") is False
+    return "bytes" if plain else str(step["type"])
+
+
+def spelt(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def framed(processor: Any, tokens: Mapping[int, str], named: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether texts get a begin and an end."""
+    every = processor.get("processors", [processor]) if processor else []
+    for one in every:
+        if one["type"] == "TemplateProcessing":
+            pieces = [piece.get("SpecialToken", {}).get("id") for piece in one["single"]]
+            begin, end = (tokens.get(-1 if named[role] is None else named[role]) for role in ("bos", "eos"))
+            return begin is not None and pieces[0] == begin, end is not None and pieces[-1] == end
+    return False, False
+
+
+def templates(given: Any) -> dict[str, Any]:
+    """Chat templates: one, or several by name."""
+    if isinstance(given, str):
+        return {"tokenizer.chat_template": given}
+    named = {each["name"]: each["template"] for each in given or []}
+    others = [name for name in named if name != "default"]
+    keys = {f"tokenizer.chat_template{'' if name == 'default' else f'.{name}'}": text for name, text in named.items()}
+    return {**keys, **({"tokenizer.chat_templates": others} if others else {})}

@@ -1,0 +1,32 @@
+"""Which format a path holds."""
+
+from pathlib import Path
+
+import torch
+
+from qkv.checkpoints.directory import CONFIG, Directory
+from qkv.checkpoints.gguf_model import GGUFModel, Llama2CModel
+from qkv.checkpoints.load import Source
+from qkv.errors import QkvError
+from qkv.spec import nearest
+
+
+def opened(path: Path, dtype: torch.dtype | None = None) -> Source:
+    """The checkpoint at a path: a directory with a config.json, a .gguf file, or a .bin file of llama2.c.
+
+    `dtype` is what packed weights are to become, fp32 by default.
+    """
+    if path.is_dir():
+        if (path / CONFIG).is_file():
+            return Directory(path)
+        below = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
+        inside = f"; there are models in its folders {', '.join(below)}" if below else ""
+        raise QkvError(f"{path} holds no model: neither {CONFIG} nor run.json nor spec.json is there{inside}")
+    if not path.exists():
+        around = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise QkvError(f"{path} does not exist{nearest(path.name, around)}")
+    if path.suffix == ".gguf":
+        return GGUFModel(path, dtype or torch.float32)
+    if path.suffix == ".bin":
+        return Llama2CModel(path)
+    raise QkvError(f"{path} is no model: a directory, a .gguf file or a .bin file of llama2.c is expected")
