@@ -6,7 +6,7 @@ from pathlib import Path
 import qkv
 
 ORDER = [
-    *("cli", "serve", "look", "train", "recipes", "decode", "objectives", "data", "adapt", "checkpoints"),
+    *("cli", "serve", "look", "train", "recipes", "use", "decode", "objectives", "data", "adapt", "checkpoints"),
     *("zoo", "models", "parts", "state", "ops", "context", "masks", "spec", "errors"),
 ]
 ROOT = Path(qkv.__file__).parent

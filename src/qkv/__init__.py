@@ -1,7 +1,7 @@
 """qkv: the whole Transformer family from one set of parts.
 
 >>> import qkv
->>> model = qkv.load("runs/translate")            # a run, or the folder of one of its checkpoints
+>>> model = qkv.load("smollm2-135m-instruct")     # a name, a directory, a .gguf file, or a run
 >>> print(model.spec)                             # Python that rebuilds it
 >>> spec = qkv.edit(model.spec, "**.norm", qkv.parts.RMSNorm())
 >>> print(*qkv.diff(model.spec, spec), sep="\\n")
@@ -17,11 +17,13 @@ from qkv.errors import QkvError
 from qkv.spec import Spec, diff, dump, edit, part
 
 if TYPE_CHECKING:
-    from qkv import decode, masks, models, parts, train, zoo
+    from qkv import decode, masks, models, parts, train, use, zoo
+    from qkv.checkpoints.export import save_pretrained
     from qkv.context import Tap
     from qkv.look.inspection import inspect
     from qkv.train.run import Run, load
-    from qkv.train.task import Task
+    from qkv.train.run import open_task as open
+    from qkv.use import Task
     from qkv.zoo import spec_of as preset
 
 __version__ = "0.1.0"
@@ -29,18 +31,20 @@ __version__ = "0.1.0"
 # fmt: off
 __all__ = [
     "QkvError", "Run", "Spec", "Tap", "Task", "decode", "diff", "dump", "edit", "inspect", "load",
-    "masks", "models", "part", "parts", "preset", "train", "zoo",
+    "masks", "models", "open", "part", "parts", "preset", "save_pretrained", "train", "use", "zoo",
 ]
 # fmt: on
 
 _LATER = {
     "Run": ("qkv.train", "Run"),
     "Tap": ("qkv.context", "Tap"),
-    "Task": ("qkv.train", "Task"),
+    "Task": ("qkv.use", "Task"),
     "inspect": ("qkv.look.inspection", "inspect"),
     "load": ("qkv.train.run", "load"),
+    "open": ("qkv.train.run", "open_task"),
+    "save_pretrained": ("qkv.checkpoints.export", "save_pretrained"),
     "preset": ("qkv.zoo", "spec_of"),
-    **{room: (f"qkv.{room}", None) for room in ("decode", "masks", "models", "parts", "train", "zoo")},
+    **{room: (f"qkv.{room}", None) for room in ("decode", "masks", "models", "parts", "train", "use", "zoo")},
 }
 
 

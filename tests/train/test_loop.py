@@ -152,7 +152,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     trainer = Trainer(run)
     save = weights.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         if trainer.step >= 6:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(tensors, path)

@@ -12,42 +12,37 @@ from qkv.errors import QkvError
 
 if TYPE_CHECKING:
     from qkv.models import Model
+    from qkv.use import Task
 
 
 def look(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    model: Annotated[str, typer.Argument(help="A run, a directory, a .gguf file, or a name that `qkv pull` lists.")],
     text: Annotated[
-        str | None, typer.Argument(help="The text to watch the model read; left out: the report alone.")
+        str | None, typer.Argument(help="The text to watch the model read; left out: a run's report alone.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The folder of the pictures; RUN/look by default.")
+        Path | None, typer.Option("--out", "-o", help="The folder of the pictures; RUN/look or ./look by default.")
     ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Only this layer, from 1, with --head as one large picture.")
     ] = None,
     head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
 ) -> None:
-    """Draw the attention over a text, the loss curve, and the report of a run."""
-    from qkv.look import attend, attention_grid, attention_map, curves, write_report
-    from qkv.train import Run, Task, evaluate
+    """Draw the attention over a text; of a run also the loss curve and the report."""
+    from qkv.look import curves, write_report
+    from qkv.train import Run, evaluate
+    from qkv.train.run import RUN, open_task
 
-    opened = Run(run)
-    task, folder = Task(opened.model(), opened.tokenizers), out or run / "look"
+    run = Path(model) if (Path(model) / RUN).is_file() else None
+    if run is None and text is None:
+        raise QkvError(f"{model} is no run, of which there would be a report: give a text for the model to read")
+    task, folder = open_task(model), out or (Path("look") if run is None else run / "look")
     folder.mkdir(parents=True, exist_ok=True)
     if text is not None:
-        answer = task.predict([text], opened.recipe.evaluation.search)[0][0] if opened.recipe.objective.pairs else None
-        if answer is not None:
-            print(answer.text)
-        for one in attend(task, text, answer):
-            path, weights = folder / f"{one.kind}.png", one.weights
-            layers, heads = picked(layer, len(weights), "layer"), picked(head, weights.shape[1], "head")
-            weights = weights[layers][:, heads]
-            if weights.shape[:2] == (1, 1):
-                title = f"{one.kind}, layer {layers[0] + 1}, head {heads[0] + 1}"
-                print(attention_map(weights[0, 0], one.rows, one.columns, title=title, path=path))
-            else:
-                titles = [f"layer {n + 1}, head {m + 1}" for n in layers for m in heads]
-                print(attention_grid(weights, one.rows, one.columns, titles=titles, path=path))
+        draw(task, text, folder, layer, head)
+    if run is None:
+        return
+    opened = Run(run)
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))
     texts, scores, recipe = [text] if text is not None else [], None, opened.recipe
@@ -60,6 +55,25 @@ def look(
     print(write_report(opened, task, folder / "report.html", title=title, scores=scores, texts=texts))
 
 
+def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | None) -> None:
+    """The attention maps of a text, and of the answer to it."""
+    from qkv.look import attend, attention_grid, attention_map
+
+    answer = task.predict([text])[0][0] if task.pairs else None
+    if answer is not None:
+        print(answer.text)
+    for one in attend(task, text, answer):
+        path, weights = folder / f"{one.kind}.png", one.weights
+        layers, heads = picked(layer, len(weights), "layer"), picked(head, weights.shape[1], "head")
+        weights = weights[layers][:, heads]
+        if weights.shape[:2] == (1, 1):
+            title = f"{one.kind}, layer {layers[0] + 1}, head {heads[0] + 1}"
+            print(attention_map(weights[0, 0], one.rows, one.columns, title=title, path=path))
+        else:
+            titles = [f"layer {n + 1}, head {m + 1}" for n in layers for m in heads]
+            print(attention_grid(weights, one.rows, one.columns, titles=titles, path=path))
+
+
 def picked(number: int | None, size: int, what: str) -> list[int]:
     if number is not None and not 1 <= number <= size:
         raise QkvError(f"there is no {what} {number}: the model has {what}s 1 to {size}")
@@ -67,7 +81,7 @@ def picked(number: int | None, size: int, what: str) -> list[int]:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="The folder of a run, a preset, or a recipe.")],
+    model: Annotated[str, typer.Argument(help="A run, a preset, a recipe, a directory, a .gguf file, or a name.")],
     length: Annotated[
         int | None, typer.Option(help="Tokens of the sequence; 128, or all that the model takes.")
     ] = None,
@@ -93,20 +107,28 @@ def inspect(
 
 
 def spec_of(name: str) -> "Model":
-    """The model spec of a run, a recipe or a preset."""
+    """The model spec of a run, a recipe, a preset or a checkpoint; no weight is read."""
+    from qkv.checkpoints.opening import opened
+    from qkv.checkpoints.packages import PACKAGES
+    from qkv.checkpoints.pull import resolve
     from qkv.recipes import find, shipped
     from qkv.spec import nearest
     from qkv.train import Run, load_recipe
-    from qkv.zoo import PRESETS
+    from qkv.train.run import RUN
+    from qkv.zoo import PRESETS, spec_from
     from qkv.zoo import spec_of as preset
 
-    if Path(name).is_dir():
+    if (Path(name) / RUN).is_file():
         return Run(Path(name)).recipe.model
     if name in PRESETS:
         return preset(name)
     if name in shipped() or name.endswith(".toml"):
         return load_recipe(find(name)).model
-    raise QkvError(f"{name!r} is no run, recipe or preset{nearest(name, [*PRESETS, *shipped()])}")
+    if not Path(name).exists() and name not in PACKAGES and not name.startswith("hf:"):
+        known = [*PRESETS, *shipped(), *PACKAGES]
+        raise QkvError(f"{name!r} is no run, recipe, preset, file or name to pull{nearest(name, known)}")
+    source = opened(resolve(name))
+    return spec_from(source.config, source.keys, str(source.path))
 
 
 def demo(

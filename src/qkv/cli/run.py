@@ -27,7 +27,7 @@ def searching(beam: int | None, n_best: int, length_penalty: float, sampling: di
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    model: Annotated[str, typer.Argument(help="A run, a directory, or a name that `qkv pull` lists.")],
     text: Annotated[str, typer.Argument(help="A text, a file with one text a line, or - for standard input.")],
     beam: Annotated[int | None, typer.Option(help="Beam search of this size.")] = None,
     n_best: Annotated[int, typer.Option(help="How many answers of the beam to print.")] = 1,
@@ -43,21 +43,18 @@ def predict(
     last: Annotated[bool, typer.Option("--last", help="Use the last checkpoint, not the best.")] = False,
     as_json: As_json = False,
 ) -> None:
-    """Answer a text: translate it, continue it, or fill its masks, as the run was trained to."""
-    from qkv.train import Run, Task
+    """Answer a text: translate it, continue it, fill its masks, or name its class, as the model was trained to."""
+    from qkv.train.run import open_task
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     search = searching(beam, n_best, length_penalty, sampling)
-    opened, texts = Run(run), lines(text)
-    task = Task(opened.model(last=last), opened.tokenizers)
-    for source, answers in zip(
-        texts, task.predict(texts, search or opened.recipe.evaluation.search, tokens=tokens), strict=True
-    ):
+    texts, task = lines(text), open_task(model, last=last)
+    for source, answers in zip(texts, task.predict(texts, search, tokens=tokens), strict=True):
         if as_json:
             found = [{"text": answer.text, "score": answer.score} for answer in answers]
             print(json.dumps({"source": source, "answers": found}, ensure_ascii=False))
         else:
-            for answer in answers:
+            for answer in answers[:n_best]:
                 print(answer.text if n_best == 1 else f"{answer.score:.3f}\t{answer.text}")
 
 

@@ -1,7 +1,7 @@
 """Several paths at a time."""
 
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -28,7 +28,9 @@ class Beam(Search):
         if not 1 <= self.n_best <= self.size:
             raise QkvError(f"a beam of {self.size} gives 1 to {self.size} hypotheses, not {self.n_best}")
 
-    def run(self, rows: Rows, limits: Sequence[int], end: int | None, seeds: Sequence[int]) -> list[list[Hypothesis]]:
+    def run(
+        self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+    ) -> list[list[Hypothesis]]:
         k, device = self.size, rows.log_p.device
         beams = [_Row(limit, self) for limit in limits]
         live = list(beams)
@@ -41,7 +43,7 @@ class Beam(Search):
             best, at = scores.flatten(1).topk(min(2 * k, scores[0].numel()), 1)
             path, token = at // scores.shape[2], at % scores.shape[2]
             choices = zip(best.tolist(), path.tolist(), token.tolist(), strict=True)
-            steps = [beam.extend(*choice, end) for beam, choice in zip(live, choices, strict=True)]
+            steps = [beam.extend(*choice, ends) for beam, choice in zip(live, choices, strict=True)]
             going = [n for n, step in enumerate(steps) if step is not None]
             if not going:
                 return [beam.best(self.n_best) for beam in beams]
@@ -82,13 +84,13 @@ class _Row:
     def best(self, n: int) -> list[Hypothesis]:
         return sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[:n]
 
-    def extend(self, totals: list[float], paths: list[int], tokens: list[int], end: int | None) -> _Step | None:
+    def extend(self, totals: list[float], paths: list[int], tokens: list[int], ends: Collection[int]) -> _Step | None:
         """Take the 2k likeliest extensions, best first → how to go on, or None when the row is done."""
         k, step = self.spec.size, _Step([], [], [])
         for rank, (total, path, token) in enumerate(zip(totals, paths, tokens, strict=True)):
             if total == float("-inf"):
                 break
-            if token == end:
+            if token in ends:
                 if rank < k:
                     self.finish(self.paths[path], total, ended=True)
             elif len(step.tokens) < k:

@@ -1,7 +1,7 @@
 """One token at a time."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ class OneByOne(Search):
     def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
         """A function (log p: B V, rows: B, numbers of the rows) → ids B."""
 
-    def run(self, rows: Rows, limits: Sequence[int], end: int | None, seeds: Sequence[int]) -> list[list[Hypothesis]]:
+    def run(
+        self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+    ) -> list[list[Hypothesis]]:
         choose, alive = self.chooser(seeds), torch.arange(len(limits))
         ids: list[list[int]] = [[] for _ in limits]
         log_p, ended = [0.0] * len(limits), [False] * len(limits)
@@ -27,7 +29,7 @@ class OneByOne(Search):
             on = []
             for n, (row, token, gain) in enumerate(zip(alive.tolist(), chosen.tolist(), gained.tolist(), strict=True)):
                 log_p[row] += gain
-                ended[row] = token == end
+                ended[row] = token in ends
                 if not ended[row]:
                     ids[row].append(token)
                     if len(ids[row]) < limits[row]:

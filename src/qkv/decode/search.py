@@ -1,7 +1,7 @@
 """What every search does, and the rows that it steps through a model."""
 
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -61,8 +61,10 @@ class Rows:
 class Search(Spec):
     """A way to choose tokens."""
 
-    def run(self, rows: Rows, limits: Sequence[int], end: int | None, seeds: Sequence[int]) -> list[list[Hypothesis]]:
-        """The best hypotheses of each row, best first; row b has at most limits[b] tokens."""
+    def run(
+        self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+    ) -> list[list[Hypothesis]]:
+        """The best hypotheses of each row, best first; row b has at most limits[b] tokens, any of `ends` ends it."""
         raise AssertionError(f"{type(self).__name__} does not say how it searches")
 
 
@@ -73,13 +75,13 @@ def decode(
     search: Search,
     *,
     limits: Sequence[int],
-    end: int | None,
+    end: int | Collection[int] | None,
     memory: Memory | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Continue each prompt: best hypotheses first. A row's result does not depend on the rows beside it.
 
-    `limits[b]` bounds the new tokens of row b; `end` is the id that ends a row. An encoder-decoder reads
+    `limits[b]` bounds the new tokens of row b; `end` is the id that ends a row, or several. An encoder-decoder reads
     `memory=model.encode(source)`. `seeds` tell sampled rows apart; by default their numbers.
     """
     if len(limits) != len(prompts) or min(limits, default=1) < 1:
@@ -88,6 +90,7 @@ def decode(
     model.eval()
     try:
         rows = Rows(model, prompts, memory, limits)
-        return search.run(rows, limits, end, seeds if seeds is not None else range(len(prompts)))
+        ends = () if end is None else (end,) if isinstance(end, int) else frozenset(end)
+        return search.run(rows, limits, ends, seeds if seeds is not None else range(len(prompts)))
     finally:
         model.train(training)

@@ -6,7 +6,7 @@ from qkv.train.metric import BLEU, ChrF, ErrorRate, Metric, ValidationLoss
 from qkv.train.optimizer import WSD, AdamW, Constant, Cosine, InverseSqrt, Optimizer, Schedule
 from qkv.train.recipe import Evaluation, Recipe, Train, load_recipe
 from qkv.train.run import Run
-from qkv.train.task import Prediction, Task
+from qkv.use import Prediction, Task
 
 __all__ = [
     "BLEU",

@@ -14,7 +14,7 @@ from qkv.errors import QkvError
 from qkv.train.example import Examples
 from qkv.train.metric import Metric
 from qkv.train.recipe import Recipe
-from qkv.train.task import Prediction, Task
+from qkv.use import Prediction, Task
 
 
 @dc.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qkv.train.example import Examples
 from qkv.train.progress import Board, Watch
 from qkv.train.recipe import Recipe, fitted
 from qkv.train.run import Moment, Run
-from qkv.train.task import Task
+from qkv.use import Task
 
 
 class Stopped(Exception):

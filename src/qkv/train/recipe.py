@@ -10,6 +10,7 @@ from qkv.decode import Greedy, Search
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Model
 from qkv.objectives import Objective
+from qkv.parts import Tokens
 from qkv.spec import Spec, discover, edit, load, part, walk
 from qkv.train.metric import Metric, ValidationLoss
 from qkv.train.optimizer import AdamW, Optimizer
@@ -79,7 +80,7 @@ class Recipe(Spec):
             )
             raise QkvError(f"the objective {self.objective.kind!r} learns from {wanted} in [data]")
         two = self.data.target_tokenizer is not None
-        if isinstance(self.model, EncoderDecoder) and two != (self.model.target is not None):
+        if isinstance(self.model, EncoderDecoder) and two != isinstance(self.model.target, Tokens):
             raise QkvError(
                 "source and target each have a tokenizer exactly where the model has an embedding for each: "
                 "set data.target_tokenizer and model.target together, or neither"

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qkv.checkpoints.load import load_published
+from qkv.checkpoints.opening import opened
+from qkv.checkpoints.pull import resolve
 from qkv.checkpoints.weights import SPEC, load_model, load_tensors, read_json, save_model, save_tensors
 from qkv.checkpoints.whole import whole_folder, write_text
 from qkv.data import Tokenizers
@@ -17,6 +21,7 @@ from qkv.models import Module
 from qkv.spec import dump, nearest
 from qkv.spec import load as load_spec
 from qkv.train.recipe import Recipe
+from qkv.use import Manner, Task, open_published
 
 RUN, METRICS, TRAINER, SIZES = "run.json", "metrics.jsonl", "trainer", "sizes.json"
 
@@ -126,13 +131,36 @@ class Run:
         write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def load(path: str | Path) -> Module:
-    """The model in a run's folder (its best checkpoint) or in the folder of one checkpoint, in evaluation mode."""
-    folder = Path(path)
-    if (folder / RUN).is_file():
-        return Run(folder).model()
-    if (folder / SPEC).is_file():
-        return load_model(folder)
-    around = [beside.name for beside in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    guess = "" if folder.is_dir() else nearest(folder.name, around)
-    raise QkvError(f"{folder} holds no model: neither {RUN} nor {SPEC} is there{guess}")
+def load(name: str | Path, dtype: torch.dtype | str | None = None) -> Module:
+    """A model, in evaluation mode: a run (its best checkpoint), the folder of one, or what others published.
+
+    `name` is a path, a name that `qkv pull` knows, or `hf:owner/name`. Weights are in `dtype`, or as the file has them.
+    """
+    path = resolve(name)
+    kind = dtype_of(dtype)
+    if (path / RUN).is_file() or (path / SPEC).is_file():
+        model = Run(path).model() if (path / RUN).is_file() else load_model(path)
+        return model if kind is None else model.to(kind)
+    return load_published(opened(path, kind), kind)
+
+
+def open_task(name: str | Path, dtype: torch.dtype | str | None = None, *, last: bool = False) -> Task:
+    """A model with its tokenizer, ready to use; `name` and `dtype` as for `load`. Of a run its best, or its last."""
+    path, kind = resolve(name), dtype_of(dtype)
+    if (path / RUN).is_file():
+        run = Run(path)
+        model = run.model(last=last)
+        model = model if kind is None else model.to(kind)
+        return Task(model, run.tokenizers, Manner(run.recipe.evaluation.search))
+    if last:
+        raise QkvError(f"{path} is no run, which alone has a last checkpoint beside its best")
+    return open_published(path, kind)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(name, str) and name not in DTYPES:
+        raise QkvError(f"no dtype is called {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name] if isinstance(name, str) else name

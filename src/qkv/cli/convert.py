@@ -1,0 +1,57 @@
+"""Commands that turn one form of a model into another, and compare two."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkv.errors import QkvError
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A run, a directory, a .gguf file, or a name that `qkv pull` lists.")],
+    target: Annotated[Path, typer.Argument(help="A new directory, or a file that ends in .gguf.")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help="GGUF's type of the large matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="A directory's dtype: fp32, bf16 or fp16; left out, as it is.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read the weights of a .bin file, and nothing else of it.")
+    ] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="A key that config.json lacks: model_type=bert.")
+    ] = None,
+) -> None:
+    """Write a model for other tools: a directory that transformers loads, or a GGUF file that llama.cpp loads."""
+    from qkv.checkpoints.pull import resolve
+    from qkv.train.run import dtype_of
+    from qkv.use.convert import convert as write
+
+    gguf = target.suffix == ".gguf"
+    if (gguf and dtype) or (kind and not gguf):
+        raise QkvError("--type belongs to a .gguf file and --dtype to a directory")
+    kinds = {"kind": kind} if kind else {}
+    for line in write(
+        resolve(source), target, dtype=dtype_of(dtype), allow_pickle=allow_pickle, settings=setting or [], **kinds
+    ):
+        print(line)
+
+
+def diff(
+    before: Annotated[str, typer.Argument(help="A run, a preset, a recipe, a directory, a .gguf file, or a name.")],
+    after: Annotated[str, typer.Argument(help="Another.")],
+) -> None:
+    """Say where two models differ, part by part."""
+    from qkv.cli.look import spec_of
+    from qkv.spec import diff as compared
+
+    changes = compared(spec_of(before), spec_of(after))
+    for change in changes:
+        print(change)
+    if not changes:
+        print("the two models are made of the same parts")
+
+
+COMMANDS = [convert, diff]

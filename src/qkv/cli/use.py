@@ -1,0 +1,197 @@
+"""Commands that use a model: a run, a checkpoint's directory or file, or a name that `qkv pull` knows."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkv.errors import QkvError
+
+if TYPE_CHECKING:
+    from qkv.decode import OneByOne
+    from qkv.use import Task
+
+Model = Annotated[
+    str, typer.Argument(help="A run, a directory, a .gguf file, or a name such as smollm2-135m-instruct.")
+]
+Tokens = Annotated[int, typer.Option(help="At most so many new tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that reach p.")]
+MinP = Annotated[float | None, typer.Option(help="Sample from tokens at least p times as likely as the best.")]
+Seed = Annotated[int | None, typer.Option(help="The seed of the sampling.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; left out, as the file has it.")]
+As_json = Annotated[bool, typer.Option("--json", help="For a program.")]
+
+
+def opened(model: str, dtype: str | None) -> "Task":
+    """The model with its tokenizer; what it is goes to stderr."""
+    from qkv.train.run import open_task
+
+    task = open_task(model, dtype)
+    kind = str(next(task.model.parameters()).dtype).removeprefix("torch.")
+    print(f"{task.model.count():,} parameters, {kind}", file=sys.stderr)
+    return task
+
+
+def sampled(
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
+) -> "OneByOne | None":
+    """The sampling that the options ask for; None leaves it to the model."""
+    from qkv.decode import Greedy, Sample
+
+    asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if temperature == 0:
+        return Greedy()
+    if not asked and seed is None:
+        return None
+    return Sample(**asked, seed=seed or 0)
+
+
+def show(pieces: Iterable[str]) -> str:
+    """Print a text as it comes."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        print(piece, end="", flush=True)
+    print()
+    return text
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or - for standard input.")],
+    tokens: Tokens = 200,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    dtype: Dtype = None,
+    as_json: As_json = False,
+) -> None:
+    """Continue a text, printed as it is made. Greedy, unless the checkpoint or an option says otherwise."""
+    search = sampled(temperature, top_k, top_p, min_p, seed)
+    task = opened(model, dtype)
+    ids = task.encode(sys.stdin.read() if prompt == "-" else prompt)
+    pieces = task.stream(ids, search, tokens=tokens, stop=stop or [])
+    if as_json:
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False))
+    else:
+        show(pieces)
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    tokens: Tokens = 500,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk with a model in its own chat template; an empty line or Ctrl-D ends. Piped in, each line is a message."""
+    from qkv.use import Chat
+
+    search = sampled(temperature, top_k, top_p, min_p, seed)
+    talk = Chat(opened(model, dtype), system, search)
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        show(talk.say(line, tokens=tokens))
+
+
+def embed(
+    model: Model,
+    file: Annotated[str, typer.Argument(help="A text, a file with one text a line, or - for standard input.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the vectors as a NumPy array (.npy).")] = None,
+    similarity: Annotated[bool, typer.Option(help="Print the cosine of each text with each.")] = False,
+    batch: Annotated[int, typer.Option(help="So many texts side by side.")] = 32,
+    dtype: Dtype = None,
+) -> None:
+    """Turn texts into vectors: JSON lines, a NumPy array, or how alike the texts are."""
+    from qkv.checkpoints.whole import whole_file
+    from qkv.cli.run import lines
+    from qkv.use import embed as vectors_of
+
+    texts = lines(file)
+    task = opened(model, dtype)
+    vectors = vectors_of(task, texts, batch=batch, cut=True)
+    if out is not None:
+        import numpy
+
+        if out.suffix != ".npy":
+            raise QkvError(f"the vectors are written as a NumPy array: name a file that ends in .npy, not {out}")
+        with whole_file(out) as part:
+            numpy.save(part, vectors.numpy())
+        print(out)
+    if similarity:
+        for row in (vectors @ vectors.T).tolist():
+            print("\t".join(f"{value:.4f}" for value in row))
+    elif out is None:
+        for text, vector in zip(texts, vectors.tolist(), strict=True):
+            print(json.dumps({"text": text, "vector": [round(value, 7) for value in vector]}, ensure_ascii=False))
+
+
+def fill(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="A text with mask tokens, such as: Paris is the [MASK] of France.")],
+    best: Annotated[int, typer.Option(help="So many candidates for each mask.")] = 5,
+    dtype: Dtype = None,
+    as_json: As_json = False,
+) -> None:
+    """Say what fits best in place of each mask token."""
+    import math
+
+    task = opened(model, dtype)
+    for number, found in enumerate(task.candidates(text, best), 1):
+        if as_json:
+            values = [{"text": one.text, "probability": math.exp(one.score)} for one in found]
+            print(json.dumps({"mask": number, "candidates": values}, ensure_ascii=False))
+            continue
+        print("\n" * (number > 1) + "\n".join(f"{math.exp(one.score):7.4f}  {one.text}" for one in found))
+
+
+def score(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="A text file.")],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that the model sees at once; 1,024, or all it takes.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next; half of the context.")] = None,
+    dtype: Dtype = None,
+    as_json: As_json = False,
+) -> None:
+    """Perplexity of a text."""
+    from qkv.use import score as scored
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise QkvError(f"{file} is not UTF-8 (byte {fault.start + 1}); save it as UTF-8") from None
+    except OSError as fault:
+        raise QkvError(f"{file} cannot be read: {fault.strerror}") from None
+    found = scored(opened(model, dtype), text, context=context, stride=stride)
+    values = {
+        "perplexity": found.perplexity, "nats_per_token": found.nats / found.tokens,
+        "bits_per_byte": found.bits_per_byte, "tokens": found.tokens,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(values))
+        return
+    for name, value in values.items():
+        print(f"{name:15} {value:,.4f}" if isinstance(value, float) else f"{name:15} {value:,}")
+
+
+COMMANDS = [generate, chat, embed, fill, score]

@@ -1,0 +1,77 @@
+"""A published checkpoint, ready to use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkv.checkpoints.gguf_model import GGUFModel, Llama2CModel
+from qkv.checkpoints.llama2c import read_tokenizer
+from qkv.checkpoints.load import Source, load_published
+from qkv.checkpoints.opening import opened
+from qkv.data import Tokenizer, Tokenizers, load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
+from qkv.decode import Beam, Greedy, Sample, Search
+from qkv.errors import QkvError
+from qkv.spec import load
+from qkv.use.task import Manner, Task
+
+
+def open_published(path: Path, dtype: torch.dtype | None = None) -> Task:
+    """The model of a directory or file that others published, its tokenizer, and how it wants to be used."""
+    source = opened(path, dtype)
+    tokenizer = tokenizer_of(source)
+    return Task(load_published(source, dtype), Tokenizers(tokenizer, tokenizer), manner(source))
+
+
+def tokenizer_of(source: Source) -> Tokenizer:
+    """The tokenizer in a checkpoint, or beside it."""
+    if isinstance(source, GGUFModel):
+        return tokenizer_from_gguf(source.file.metadata)
+    if isinstance(source, Llama2CModel):
+        pieces = read_tokenizer(beside(source.path), source.config["vocab_size"])
+        return tokenizer_from_llama2c(pieces.pieces, pieces.scores)
+    return load_tokenizer(source.path)
+
+
+def beside(path: Path) -> Path:
+    """llama2.c's tokenizer beside its weights: tokenizer.bin, or the only file whose name begins so."""
+    found = sorted(path.parent.glob("tok*.bin"))
+    if len(found) != 1:
+        raise QkvError(f"beside {path} one tokenizer is expected, tokenizer.bin; there are {len(found)}")
+    return found[0]
+
+
+def manner(source: Source) -> Manner:
+    """What a checkpoint's configuration says of its use."""
+    says = {**source.config, **table(source.path / "generation_config.json")}
+    starts = [says.get(key) for key in ("decoder_start_token_id", "forced_bos_token_id")]
+    longest = table(source.path / "sentence_bert_config.json").get("max_seq_length")
+    return Manner(
+        search=search(says),
+        begin=tuple(i for i in starts if isinstance(i, int)),
+        longest=longest if isinstance(longest, int) and longest > 0 else None,
+    )
+
+
+def search(says: dict[str, Any]) -> Search:
+    """The search that a generation_config.json asks for."""
+    beams, penalty = says.get("num_beams"), says.get("length_penalty")
+    if isinstance(beams, int) and beams > 1:
+        return Beam(size=beams, length_penalty=float(penalty) if isinstance(penalty, int | float) else 1.0)
+    if says.get("do_sample") is not True:
+        return Greedy()
+    asked = {key: says.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    made: Sample = load({"kind": "sample", **{key: value for key, value in asked.items() if value}}, Sample)
+    return made
+
+
+def table(path: Path) -> dict[str, Any]:
+    """A JSON file's table; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
+        raise QkvError(f"{path} is not sound JSON ({fault}): copy it again") from None
+    return found if isinstance(found, dict) else {}

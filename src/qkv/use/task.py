@@ -1,0 +1,217 @@
+"""A model with its tokenizers, as its user sees it: texts in, texts out."""
+
+import dataclasses as dc
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+
+from qkv.data import TextStream, Tokenizers
+from qkv.decode import Greedy, OneByOne, Search, Session, decode, stream
+from qkv.errors import QkvError
+from qkv.models import EncoderDecoderModel, Module
+from qkv.parts.head import Classifier, VocabularyHead
+
+
+@dc.dataclass(frozen=True)
+class Prediction:
+    """One answer to a text."""
+
+    text: str
+    score: float
+    ids: list[int]
+
+
+@dc.dataclass(frozen=True)
+class Manner:
+    """How a checkpoint wants to be used."""
+
+    search: Search = dc.field(default_factory=Greedy)
+    begin: tuple[int, ...] = ()
+    """The ids with which a decoder that reads a memory begins; () is the tokenizer's begin token."""
+    longest: int | None = None
+    """The longest text that it should read, where that is less than it could."""
+
+
+class Task:
+    """A model with its tokenizers. `predict` does what the model was made for:
+
+    an encoder-decoder turns each text into another, a decoder continues it, an encoder fills its mask tokens, and a
+    classifier names its class.
+    """
+
+    def __init__(self, model: Module, tokenizers: Tokenizers, manner: Manner | None = None) -> None:
+        self.model, self.tokenizers, self.manner = model, tokenizers, manner or Manner()
+        self.source, self.target = tokenizers.source, tokenizers.target
+
+    # --- to ids ---
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it reads one text and writes another."""
+        return isinstance(self.model, EncoderDecoderModel)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it continues a text."""
+        return not self.pairs and self.model.wiring.mask.incremental
+
+    @property
+    def begin(self) -> list[int]:
+        """The ids with which an answer begins, where a memory is read."""
+        return list(self.manner.begin or (self.target.begin,))
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids that stand before and after a text that the model reads.
+
+        A published tokenizer knows them. A model that qkv trained finds <s> before a text to continue, and </s> after
+        one to translate.
+        """
+        source = self.source
+        if source.trained:
+            return ([], [source.end]) if self.pairs else ([source.begin] if self.continues else [], [])
+        framed = source.prompt("x")
+        inside = [n for n, special in enumerate(framed.specials) if not special]
+        return framed.ids[: inside[0]], framed.ids[inside[-1] + 1 :]
+
+    @property
+    def room(self) -> int | None:
+        """The longest text, in tokens, that it reads."""
+        own = self.model.source.room if isinstance(self.model, EncoderDecoderModel) else self.model.positions
+        return min((n for n in (own, self.manner.longest) if n is not None), default=None)
+
+    def encode(self, text: str, number: int = 1, *, parse: bool = False) -> list[int]:
+        """The ids that the model reads; with `parse`, special tokens that are spelt out in the text are such."""
+        before, after = self.frame
+        ids = [*before, *(self.source.parse(text) if parse else self.source.encode(text)), *after]
+        if self.room is not None and len(ids) > self.room:
+            raise QkvError(f"text {number} has {len(ids)} tokens and the model takes {self.room}: shorten or split it")
+        if not ids:
+            raise QkvError(f"text {number} is empty and the model has no token that begins a text: write something")
+        return ids
+
+    # --- texts to texts ---
+
+    def predict(
+        self, texts: Sequence[str], search: Search | None = None, *, batch: int = 64, tokens: int = 200
+    ) -> list[list[Prediction]]:
+        """The best answers to each text, best first. `tokens` bounds what a decoder adds.
+
+        Texts of like length are batched together; a text's answer does not depend on the texts beside it.
+        """
+        if isinstance(self.model.head, VocabularyHead) and not (self.pairs or self.continues):
+            return [[self.fill(text)] for text in texts]
+        ids = [self.encode(text, number) for number, text in enumerate(texts, 1)]
+        order = sorted(range(len(texts)), key=lambda n: len(ids[n]))
+        answers: list[list[Prediction]] = [[] for _ in texts]
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            some = [ids[row] for row in rows]
+            if isinstance(self.model.head, VocabularyHead):
+                found = self.answer(some, rows, search or self.manner.search, tokens)
+            else:
+                found = self.classify(some)
+            for row, predictions in zip(rows, found, strict=True):
+                answers[row] = predictions
+        return answers
+
+    def batch(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of ids as a tensor, packed left, and their lengths where they differ."""
+        lengths = [len(row) for row in ids]
+        padded = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in ids], device=self.model.device)
+        equal = min(lengths) == max(lengths)
+        return padded, None if equal else torch.tensor(lengths, device=self.model.device)
+
+    def answer(self, ids: list[list[int]], rows: list[int], search: Search, tokens: int) -> list[list[Prediction]]:
+        model, room = self.model, self.model.wiring.embed.room or 1 << 30
+        if isinstance(model, EncoderDecoderModel):
+            source, lengths = self.batch(ids)
+            with torch.inference_mode():
+                memory = model.eval().encode(source, lengths=lengths)
+            prompts = [self.begin] * len(ids)
+            limits = [min(2 * len(row) + 10 if self.source.trained else tokens, room - len(self.begin)) for row in ids]
+        else:
+            memory, prompts = None, ids
+            limits = [max(1, min(tokens, room - len(row))) for row in ids]
+        found = decode(model, prompts, search, limits=limits, end=self.target.ends, memory=memory, seeds=rows)
+        return [[Prediction(self.target.decode(h.ids), h.score, h.ids) for h in row] for row in found]
+
+    def classify(self, ids: list[list[int]]) -> list[list[Prediction]]:
+        """The classes of each row, likeliest first, with log p as their score."""
+        head = self.model.head
+        if head is None or not isinstance(head.spec, Classifier):
+            raise QkvError("this model has no head that predicts a text: `qkv embed` gives its vectors")
+        padded, lengths = self.batch(ids)
+        with torch.inference_mode():
+            log_p = self.model.eval()(padded, lengths=lengths).float().log_softmax(-1)
+        order = log_p.argsort(-1, descending=True).tolist()
+        return [
+            [Prediction(head.spec.labels[n], float(row[n]), [n]) for n in best]
+            for row, best in zip(log_p, order, strict=True)
+        ]
+
+    def stream(
+        self, ids: Sequence[int], search: OneByOne | None = None, *,
+        tokens: int = 200, stop: Sequence[str] = (), seed: int = 0, session: Session | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """The text that continues a prompt, as it is made; it ends before any of the `stop` strings."""
+        if not self.continues:
+            raise QkvError("only a decoder continues a text: `qkv predict` does what this model was made for")
+        usual = self.manner.search if isinstance(self.manner.search, OneByOne) else Greedy()
+        limit = tokens if self.room is None else min(tokens, self.room - len(ids))
+        made = stream(self.model, ids, search or usual, limit=limit, ends=self.target.ends, seed=seed, session=session)
+        yield from until(written(self.target.stream(), made), stop)
+
+    def fill(self, text: str) -> Prediction:
+        """The text with the likeliest token in place of each mask token."""
+        ids, places, log_p = self.masked(text)
+        for place, row in zip(places, log_p, strict=True):
+            ids[place] = int(row.argmax())
+        before, after = self.frame
+        ids = ids[len(before) : len(ids) - len(after)]
+        return Prediction(self.source.decode(ids), float(log_p.amax(1).sum()), ids)
+
+    def candidates(self, text: str, best: int = 5) -> list[list[Prediction]]:
+        """For each mask token of a text the tokens that fit best, with their log p."""
+        _, _, log_p = self.masked(text)
+        found = log_p.topk(min(best, log_p.shape[1]))
+        return [
+            [Prediction(self.source.pieces([token])[0].strip() or "␣", score, [token]) for score, token in row]
+            for row in (list(zip(s.tolist(), i.tolist(), strict=True)) for s, i in zip(*found, strict=True))
+        ]
+
+    def masked(self, text: str) -> tuple[list[int], list[int], torch.Tensor]:
+        """The ids of a text, the places of its mask tokens, and log p of every token there (places × V)."""
+        if self.pairs or self.continues or not isinstance(self.model.head, VocabularyHead):
+            raise QkvError("only an encoder with a vocabulary head fills masks; a decoder continues: `qkv generate`")
+        ids = self.encode(text, parse=True)
+        places = [n for n, token in enumerate(ids) if token == self.source.mask]
+        if not places:
+            spelt = self.source.names["mask_token"]
+            raise QkvError(f"there is no {spelt} to fill in {text!r}")
+        with torch.inference_mode():
+            x = self.model.eval().hidden(torch.tensor([ids], device=self.model.device))[0, places]
+            return ids, places, self.model.logits(x).float().log_softmax(-1)
+
+
+def written(text: TextStream, ids: Iterator[int]) -> Iterator[str]:
+    for token in ids:
+        yield text.push(token)
+    yield text.close()
+
+
+def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first of the `stop` strings; what may begin one waits."""
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        at = min((waiting.find(one) for one in stop if one in waiting), default=None)
+        if at is not None:
+            yield waiting[:at]
+            return
+        held = max((n for one in stop for n in range(1, len(one)) if waiting.endswith(one[:n])), default=0)
+        if len(waiting) > held:
+            yield waiting[: len(waiting) - held]
+            waiting = waiting[len(waiting) - held :]
+    yield waiting
