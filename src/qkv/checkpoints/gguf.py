@@ -92,11 +92,21 @@ class GGUF:
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor's weights; a view where the file holds `dtype` already."""
-        entry = self._entry(name)
+        entry, data = self._entry(name), self.data(name)
         try:
-            return dequantise(entry.type, self.data(name), entry.shape, dtype)
+            weights = dequantise(entry.type, data, entry.shape, dtype)
         except QkvError as fault:
             raise QkvError(f"{self.path}: tensor {name!r}: {fault}") from None
+        if weights.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
+            self._release(entry)
+        return weights
+
+    def _release(self, entry: GGUFTensor) -> None:
+        """Give back the memory of a tensor's whole pages, which the system would read again from the file."""
+        page = mmap.PAGESIZE
+        start, end = aligned(entry.offset, page), (entry.offset + entry.nbytes) // page * page
+        if end > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def _entry(self, name: str) -> GGUFTensor:
         if name not in self.tensors:

@@ -1,0 +1,173 @@
+"""Published checkpoints against the transformers package and llama.cpp: same text, same memory, how soon.
+
+python -m benchmarks.published; fetches SmolLM2 and Gemma 3 through `qkv pull`. llama.cpp is asked where
+llama-cpp-python is installed (pip builds it), and stories260K read where its file is there.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import median
+from typing import Any
+
+import torch
+from benchmarks.common import DATA, machine
+
+import qkv
+from qkv.checkpoints.pull import resolve
+from qkv.decode import Greedy, stream
+from qkv.use import Task
+from qkv.use.convert import convert
+
+SMOL, GEMMA = "smollm2-135m-instruct", "gemma3-270m"
+PROMPT = "The capital of France is"
+
+QKV = """
+import sys, time, resource
+from qkv.train.run import open_task
+from qkv.decode import Greedy, stream
+task = open_task(sys.argv[1])
+next(stream(task.model, task.encode(sys.argv[2]), Greedy(), limit=1))
+print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+TRANSFORMERS = """
+import sys, time, resource
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, _, file = sys.argv[1].rpartition("/")
+tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).float()
+model.generate(**tokenizer(sys.argv[2], return_tensors="pt"), max_new_tokens=1, do_sample=False)
+print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+LLAMA = """
+import sys, time, resource
+from llama_cpp import Llama
+model = Llama(sys.argv[1], verbose=False, n_ctx=512)
+model(sys.argv[2], max_tokens=1, temperature=0)
+print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="how often the start of each program is timed, in turn")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{machine()}, {options.threads} threads, torch {torch.__version__}")
+    with torch.inference_mode():
+        same_ids()
+        stories()
+    if has_llama():
+        agreement()
+        round_trip()
+    else:
+        print("llama-cpp-python is not installed: `pip install llama-cpp-python`, then llama.cpp is asked too")
+    starts(options.rounds)
+
+
+def same_ids(tokens: int = 64) -> None:
+    """Greedy ids of SmolLM2, ours against transformers' on the same dequantised weights."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve(SMOL)
+    task = qkv.open(path)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).float().eval()
+    ids = task.encode(PROMPT)
+    ours = list(stream(task.model, ids, Greedy(), limit=tokens))
+    found = theirs.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :].tolist()
+    logits = task.model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits
+    error = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
+    print(
+        f"SmolLM2, {tokens} greedy tokens as transformers: {ours == found[: len(ours)]}, logits differ by {error:.1e}"
+    )
+
+
+def stories() -> None:
+    """stories260K's text, to be held against the published one."""
+    path = DATA / "stories260K" / "stories260K.bin"
+    if not path.exists():
+        print(f"{path} is missing: stories260K is left out")
+        return
+    task = qkv.open(path)
+    print("stories260K:", repr("".join(task.stream([task.source.begin], Greedy(), tokens=200))))
+
+
+def plain_english(task: Task, tokens: int) -> list[int]:
+    """The beginning of Python's own manual."""
+    return task.encode(" ".join(topics[name] for name in sorted(topics)))[:tokens]
+
+
+def agreement(tokens: int = 512) -> None:
+    """Gemma 3: how often our likeliest next token is llama.cpp's, and both perplexities, on the same file and text."""
+    from llama_cpp import Llama
+
+    path = resolve(GEMMA)
+    task = qkv.open(path)
+    ids = plain_english(task, tokens)
+    theirs = Llama(str(path), n_ctx=tokens, n_batch=tokens, logits_all=True, verbose=False)
+    theirs.eval(ids)
+    scores = {
+        "llama.cpp": torch.tensor(theirs.scores[: len(ids)]).float(),
+        "qkv": task.model(torch.tensor([ids]))[0].detach().float(),
+    }
+    labels = torch.tensor(ids[1:])
+    nats = {name: torch.nn.functional.cross_entropy(z[:-1], labels) for name, z in scores.items()}
+    same = float((scores["qkv"].argmax(-1) == scores["llama.cpp"].argmax(-1)).float().mean())
+    print(f"Gemma 3 270M, {len(ids)} tokens of plain English: the likeliest next token agrees in {100 * same:.1f} %;")
+    print("  perplexity", ", ".join(f"{name} {float(value.exp()):.3f}" for name, value in nats.items()))
+
+
+def round_trip(tokens: int = 32) -> None:
+    """What `qkv convert` writes, continued by llama.cpp and by qkv from the same file."""
+    from llama_cpp import Llama
+
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("F32", "F16", "Q8_0", "Q4_0", "Q4_1"):
+            path = Path(folder, f"{kind}.gguf")
+            list(convert(resolve(SMOL), path, kind=kind))
+            task = qkv.open(path)
+            ids = task.encode(PROMPT)
+            ours = list(stream(task.model, ids, Greedy(), limit=tokens))
+            theirs = Llama(str(path), n_ctx=256, verbose=False)
+            made = []
+            for token in theirs.generate(ids, temp=0.0):
+                if token in task.target.ends or len(made) == tokens:
+                    break
+                made.append(token)
+            same = next((n for n, pair in enumerate(zip(ours, made, strict=False)) if pair[0] != pair[1]), len(made))
+            print(f"qkv convert to {kind}: llama.cpp continues as qkv for {same} of {len(made)} tokens", flush=True)
+            path.unlink()
+
+
+def starts(rounds: int) -> None:
+    """From the start of a process to the first token, and its peak memory; the programs in turn."""
+    path = str(resolve(SMOL))
+    programs = {"qkv": QKV, "transformers": TRANSFORMERS} | ({"llama.cpp": LLAMA} if has_llama() else {})
+    found: dict[str, list[Any]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            began = subprocess.run([sys.executable, "-c", "import time; print(time.time())"], capture_output=True)
+            command = [sys.executable, "-c", program, path, PROMPT]
+            start = json.loads(began.stdout)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            at, memory = done.stdout.split()[-2:]
+            found[name].append((float(at) - start, float(memory)))
+    for name, times in found.items():
+        seconds, memory = (median(column) for column in zip(*times, strict=True))
+        print(f"SmolLM2, {name}: first token after {seconds:.2f} s, peak memory {memory:.0f} MB (median of {rounds})")
+
+
+def has_llama() -> bool:
+    """Whether llama-cpp-python is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("llama_cpp") is not None
+
+
+if __name__ == "__main__":
+    main()
