@@ -20,35 +20,34 @@ from benchmarks.common import DATA, machine
 import qkv
 from qkv.checkpoints.pull import resolve
 from qkv.decode import Greedy, stream
-from qkv.use import Task
 from qkv.use.convert import convert
 
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma3-270m"
 PROMPT = "The capital of France is"
 
 QKV = """
-import sys, time, resource
+import sys, time
 from qkv.train.run import open_task
 from qkv.decode import Greedy, stream
 task = open_task(sys.argv[1])
 next(stream(task.model, task.encode(sys.argv[2]), Greedy(), limit=1))
-print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(time.time(), *[int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 TRANSFORMERS = """
-import sys, time, resource
+import sys, time
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, _, file = sys.argv[1].rpartition("/")
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).float()
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
 model.generate(**tokenizer(sys.argv[2], return_tensors="pt"), max_new_tokens=1, do_sample=False)
-print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(time.time(), *[int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 LLAMA = """
-import sys, time, resource
+import sys, time
 from llama_cpp import Llama
 model = Llama(sys.argv[1], verbose=False, n_ctx=512)
 model(sys.argv[2], max_tokens=1, temperature=0)
-print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(time.time(), *[int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 
 
@@ -76,15 +75,14 @@ def same_ids(tokens: int = 64) -> None:
 
     path = resolve(SMOL)
     task = qkv.open(path)
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).float().eval()
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None  # past the end too
     ids = task.encode(PROMPT)
     ours = list(stream(task.model, ids, Greedy(), limit=tokens))
     found = theirs.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :].tolist()
     logits = task.model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits
     error = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
-    print(
-        f"SmolLM2, {tokens} greedy tokens as transformers: {ours == found[: len(ours)]}, logits differ by {error:.1e}"
-    )
+    print(f"SmolLM2, {tokens} greedy tokens as transformers: {ours == found}, logits differ by {error:.1e}")
 
 
 def stories() -> None:
@@ -97,51 +95,67 @@ def stories() -> None:
     print("stories260K:", repr("".join(task.stream([task.source.begin], Greedy(), tokens=200))))
 
 
-def plain_english(task: Task, tokens: int) -> list[int]:
-    """The beginning of Python's own manual."""
-    return task.encode(" ".join(topics[name] for name in sorted(topics)))[:tokens]
-
-
 def agreement(tokens: int = 512) -> None:
-    """Gemma 3: how often our likeliest next token is llama.cpp's, and both perplexities, on the same file and text."""
-    from llama_cpp import Llama
+    """Gemma 3 on the same file and text: how often the likeliest next token is the same, and the perplexities.
 
+    llama.cpp rounds activations to 8 bits where weights are packed; so it is also asked about the same weights in F32.
+    """
     path = resolve(GEMMA)
     task = qkv.open(path)
-    ids = plain_english(task, tokens)
-    theirs = Llama(str(path), n_ctx=tokens, n_batch=tokens, logits_all=True, verbose=False)
-    theirs.eval(ids)
-    scores = {
-        "llama.cpp": torch.tensor(theirs.scores[: len(ids)]).float(),
-        "qkv": task.model(torch.tensor([ids]))[0].detach().float(),
-    }
+    ids = task.encode(" ".join(topics[name] for name in sorted(topics)))[:tokens]  # Python's own manual
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        plain = Path(folder, "f32.gguf")
+        convert(path, plain, kind="F32")
+        found = {
+            "qkv": task.model(torch.tensor([ids]))[0].float(),
+            "llama.cpp": llama_logits(path, ids),
+            "llama.cpp in F32": llama_logits(plain, ids),
+        }
+    print(f"Gemma 3 270M (Q4_K_M), {len(ids)} tokens of plain English; the likeliest next token is the same:")
+    for one, other in (("qkv", "llama.cpp"), ("qkv", "llama.cpp in F32"), ("llama.cpp", "llama.cpp in F32")):
+        same = (found[one].argmax(-1) == found[other].argmax(-1)).float().mean()
+        print(f"  {one} and {other}: {100 * float(same):.1f} %")
     labels = torch.tensor(ids[1:])
-    nats = {name: torch.nn.functional.cross_entropy(z[:-1], labels) for name, z in scores.items()}
-    same = float((scores["qkv"].argmax(-1) == scores["llama.cpp"].argmax(-1)).float().mean())
-    print(f"Gemma 3 270M, {len(ids)} tokens of plain English: the likeliest next token agrees in {100 * same:.1f} %;")
-    print("  perplexity", ", ".join(f"{name} {float(value.exp()):.3f}" for name, value in nats.items()))
+    for name, z in found.items():
+        print(f"  perplexity, {name}: {float(torch.nn.functional.cross_entropy(z[:-1], labels).exp()):.3f}")
+
+
+def llama_logits(path: Path, ids: list[int]) -> torch.Tensor:
+    """T V, as llama.cpp computes them."""
+    from llama_cpp import Llama
+
+    model = Llama(str(path), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False)
+    model.eval(ids)
+    return torch.tensor(model.scores[: len(ids)]).float()
 
 
 def round_trip(tokens: int = 32) -> None:
-    """What `qkv convert` writes, continued by llama.cpp and by qkv from the same file."""
-    from llama_cpp import Llama
-
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("F32", "F16", "Q8_0", "Q4_0", "Q4_1"):
-            path = Path(folder, f"{kind}.gguf")
-            list(convert(resolve(SMOL), path, kind=kind))
+    """What `qkv convert` writes, continued by llama.cpp and by qkv; then llama.cpp on the same weights in F32."""
+    for kind in ("F32", "F16", "Q8_0", "Q4_0", "Q4_1"):
+        with tempfile.TemporaryDirectory() as folder:
+            path, plain = Path(folder, "packed.gguf"), Path(folder, "f32.gguf")
+            convert(resolve(SMOL), path, kind=kind)
+            convert(path, plain, kind="F32")
             task = qkv.open(path)
             ids = task.encode(PROMPT)
-            ours = list(stream(task.model, ids, Greedy(), limit=tokens))
-            theirs = Llama(str(path), n_ctx=256, verbose=False)
-            made = []
-            for token in theirs.generate(ids, temp=0.0):
-                if token in task.target.ends or len(made) == tokens:
-                    break
-                made.append(token)
-            same = next((n for n, pair in enumerate(zip(ours, made, strict=False)) if pair[0] != pair[1]), len(made))
-            print(f"qkv convert to {kind}: llama.cpp continues as qkv for {same} of {len(made)} tokens", flush=True)
-            path.unlink()
+            ours = list(stream(task.model, ids, Greedy(), limit=tokens, ends=task.target.ends))
+            same = [
+                next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
+                for theirs in (llama_ids(path, ids, tokens), llama_ids(plain, ids, tokens))
+            ]
+            print(
+                f"qkv convert to {kind}: of {len(ours)} greedy tokens llama.cpp's first {same[0]} are the same, "
+                f"and {same[1]} on these weights in F32",
+                flush=True,
+            )
+
+
+def llama_ids(path: Path, ids: list[int], tokens: int) -> list[int]:
+    """The greedy continuation of llama.cpp."""
+    from llama_cpp import Llama
+
+    model = Llama(str(path), n_ctx=256, verbose=False)
+    return [token for token, _ in zip(model.generate(ids, temp=0.0), range(tokens), strict=False)]
 
 
 def starts(rounds: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tests.zoo.parity import SIZES, VOCAB, relative, rough, texts
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from qkv.errors import QkvError
 from qkv.models import Module
 from qkv.ops.blocks.packed import Packed
 from qkv.zoo.gguf import WORDS
+from tests.zoo.parity import SIZES, VOCAB, relative, rough, texts
 
 ODD: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
 EVEN = {**ODD, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

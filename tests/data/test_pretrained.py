@@ -235,9 +235,11 @@ def test_tokenizer_json_with_its_neighbours(tmp_path: Path) -> None:
     assert load_tokenizer(write(folder, generation_config__json={"eos_token_id": 2})).ends == {1, 2}
 
 
-def test_a_configuration_may_take_the_begin_away_and_add_the_end(tmp_path: Path) -> None:
-    ids = load_tokenizer(whole(tmp_path, add_bos_token=False, add_eos_token=True)).prompt("a", "b").ids
-    assert ids[1::2] == [1, 1] and len(ids) == 4
+def test_tokenizer_json_itself_says_what_stands_around_a_text(tmp_path: Path) -> None:
+    folder = whole(tmp_path, add_bos_token=False, add_eos_token=True)
+    tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.prompt("a").ids == theirs("a", truncation=False, padding=False)["input_ids"]
+    assert tokenizer.prompt("a").ids == [0, *tokenizer.encode("a")]
 
 
 def test_chat_templates(tmp_path: Path) -> None:

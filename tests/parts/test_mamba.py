@@ -71,9 +71,7 @@ def second(bias: bool, groups: int, limit: tuple[float, float] | None) -> Pair:
         hidden_size=C, expand=3, num_heads=6, head_dim=10, n_groups=groups, state_size=5, conv_kernel=3, use_bias=bias,
         time_step_limit=limit or (0.0, float("inf")), chunk_size=16, layer_norm_epsilon=0.01, num_hidden_layers=1,
     )  # fmt: skip
-    return Pair(
-        Mamba2(6, head_width=10, groups=groups, state=5, conv=3, bias=bias, step_limit=limit, eps=0.01, chunk=8), config
-    )
+    return Pair(Mamba2(6, head_width=10, groups=groups, state=5, conv=3, bias=bias, step_limit=limit, eps=0.01), config)
 
 
 PAIRS = {
@@ -202,7 +200,6 @@ def test_a_short_convolution_is_torch_s_with_nothing_before(size, bias):
         (Mamba2, {"heads": 0}),
         (Mamba2, {"heads": 4, "head_width": 0}),
         (Mamba2, {"heads": 4, "groups": 3}),
-        (Mamba2, {"heads": 4, "chunk": 48}),
         (Mamba2, {"heads": 4, "step_limit": (1.0, 0.5)}),
         (Mamba2, {"heads": 3}),  # of 2 × 20
     ],

@@ -10,7 +10,6 @@ from qkv.errors import QkvError
 from qkv.parts import (
     Attention,
     BandScaling,
-    LeadingScaling,
     LinearScaling,
     LongRope,
     NTKScaling,
@@ -64,11 +63,6 @@ STATIC = {
         YaRN(6.5, trained=TRAINED, fast=3.0, slow=1.0, numerator=0.7, denominator=1.3),
         60.0,
         YARN | {"beta_fast": 3.0, "mscale": 0.7, "mscale_all_dim": 1.3},
-    ),
-    "leading": (
-        LeadingScaling(0.35, factor=1.5),
-        800.0,
-        {"rope_type": "proportional", "partial_rotary_factor": 0.35, "factor": 1.5},
     ),
 }
 BY_LENGTH = {
@@ -199,7 +193,7 @@ def published_rates(name: str) -> list[float]:
     return plain
 
 
-@pytest.mark.parametrize("name", ["none", "linear", "bands", "leading"])
+@pytest.mark.parametrize("name", ["none", "linear", "bands"])
 def test_waves_of_a_model_in_fp64_are_the_formula(name):
     scaling, theta, _ = CASES[name]
     at = torch.tensor([[0, 3, 5000, 123456]])
@@ -362,7 +356,6 @@ def test_every_scaling_is_tested_here_and_survives_a_file():
         (lambda: YaRN(4.0, trained=8, numerator=0.0), "the numerator of yarn"),
         (lambda: LongRope((1.0, 0.0), long=(1.0, 1.0), trained=8, factor=2.0), "the short of long-rope .*, not 0.0"),
         (lambda: LongRope((1.0,), long=(1.0,), trained=1, factor=2.0), "at least 2, not 1"),
-        (lambda: LeadingScaling(1.5), r"lies in \(0, 1\], not at 1.5"),
         (lambda: Rotary(scaling=NTKScaling(2.0, trained=8)).build(1, 2), "more than 2 values are turned, not 2"),
         (
             lambda: Rotary(scaling=LongRope((1.0, 2.0), long=(1.0,), trained=8, factor=2.0)).build(1, 6),

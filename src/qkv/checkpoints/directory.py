@@ -16,6 +16,14 @@ from qkv.errors import QkvError
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm",
+    "target.spm", "generation_config.json", "chat_template.jinja", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "1_Pooling/config.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+"""The files beside the weights that go where they go: how text becomes ids and back, how vectors are pooled, terms."""
+
 LARGEST, MOST = 2**24, 2**18
 """Of a JSON text: bytes and values. The index of 100,000 tensors is below both; what is read of a file stays small."""
 
@@ -28,8 +36,8 @@ class Directory:
         self.config: dict[str, Any] = read_table(folder / CONFIG)
         self.file_of: dict[str, Any] = {}
         said = self.index()
-        for name in sorted(set(said.values())) or [SINGLE]:
-            file = self.opened(folder / name)
+        files = {name: self.opened(folder / name) for name in sorted(set(said.values())) or [SINGLE]}
+        for name, file in files.items():
             for key in list(file.keys()):
                 if said.get(key, name) != name or key in self.file_of:
                     raise QkvError(
@@ -120,7 +128,10 @@ def parsed(data: bytes) -> Any:
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST:
         raise ValueError(f"it holds more than {MOST:,} values")
     try:
-        return json.loads(data.decode(), object_pairs_hook=unique)
+        found = json.loads(data.decode(), object_pairs_hook=unique)
+        if b"\\ud" in data.lower():  # half a character could not be written again
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

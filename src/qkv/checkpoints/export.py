@@ -1,12 +1,14 @@
 """Back out: a directory that the transformers package loads."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from qkv.checkpoints.directory import BESIDE
 from qkv.checkpoints.load import Origin
 from qkv.checkpoints.names import parse, write
 from qkv.checkpoints.weights import refuse_adapters, save_tensors
@@ -14,18 +16,11 @@ from qkv.checkpoints.whole import whole_folder
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
 from qkv.parts.head import Vector
-from qkv.spec import diff, edit
+from qkv.spec import diff, edit, walk
 from qkv.zoo import registry
+from qkv.zoo.config import Config
 from qkv.zoo.registry import family_of
 from qkv.zoo.solve import configuration
-
-BESIDE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "generation_config.json",
-    "chat_template.jinja", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-)  # fmt: skip
-"""The files of a checkpoint that say how text becomes ids and back."""
 
 NEAREST = 4
 """So many published presets are tried as the beginning of a configuration, the nearest first."""
@@ -67,9 +62,11 @@ def published(model: Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(origin, Origin):
         values = configuration(spec, origin.source.config)
         return values, {**dict(write(parse(table_of(model, values)), state)), **origin.kept(model.spec)}
-    found = {base["architectures"][0]: (len(diff(registry.spec_from(base), spec)), base) for base in bases(spec)}
+    found: dict[str, dict[str, Any]] = {}
+    for base in sorted(bases(spec), key=lambda base: apart(registry.spec_from(base), spec)):
+        found.setdefault(base["architectures"][0], base)
     fault = "none has its kind of wiring"
-    for _, base in sorted(found.values(), key=lambda pair: pair[0])[:NEAREST]:
+    for base in list(found.values())[:NEAREST]:
         try:
             values = configuration(spec, base)
         except QkvError as said:
@@ -92,9 +89,15 @@ def bases(spec: Model) -> list[dict[str, Any]]:
     return [values for values in found if type(registry.spec_from(values)) is type(spec)]
 
 
+def apart(one: Model, other: Model) -> tuple[int, int]:
+    """How far two specs are from each other: by the parts that only one of them has, then by their numbers."""
+    kinds = [{(re.sub(r"\d+", "*", path), type(value)) for path, value in walk(spec)} for spec in (one, other)]
+    return len(kinds[0] ^ kinds[1]), len(diff(one, other))
+
+
 def table_of(model: Module, values: dict[str, Any]) -> str:
     """The names to write: those that the model's file followed, where they still fit it."""
     tables = family_of(values).tables(model.spec)
     origin = model.origin
-    bare = values["architectures"][0].endswith("Model") and getattr(model.spec, "head", None) is None
+    bare = not Config(values).task and getattr(model.spec, "head", None) is None
     return origin.table if isinstance(origin, Origin) and origin.table in tables else tables[-1 if bare else 0]

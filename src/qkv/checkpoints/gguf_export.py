@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.checkpoints.directory import Directory
-from qkv.checkpoints.export import published
+from qkv.checkpoints.export import published, unpooled
 from qkv.checkpoints.gguf_model import GGUFModel, configuration, shortest, turning
 from qkv.checkpoints.gguf_write import Typed, write_gguf
 from qkv.checkpoints.load import Origin
@@ -54,6 +54,8 @@ class Exported:
     """Name → the type that it has instead of the one asked for."""
     tokenizer: bool
     """Whether the file can turn text into tokens."""
+    lack: str | None = None
+    """Why it cannot, where there was a tokenizer."""
 
 
 def save_gguf(
@@ -70,16 +72,19 @@ def save_gguf(
         raise QkvError(
             f"{path}: weights can be written as {', '.join(FILE_TYPES)}, not as {type!r}{nearest(type, FILE_TYPES)}"
         )
-    values = configured(model)
+    spec, values = unpooled(model.spec), configured(model)
     architecture = architecture_for(values["model_type"])
-    table = parse(architecture.tables(model.spec)[0])
+    table = parse(architecture.tables(spec)[0])
     shapes = {name: tuple(x.shape) for name, x in write(table, on_meta(model))}
-    says, factors = facts(architecture, values, model.spec)
-    check(architecture, says, {**shapes, **{name: x.shape for name, x in factors.items()}}, factors, model.spec)
+    says, factors = facts(architecture, values, spec)
+    check(architecture, says, {**shapes, **{name: x.shape for name, x in factors.items()}}, factors, spec)
     types = {name: type_of(name, shape, type, tied="output.weight" not in shapes) for name, shape in shapes.items()}
-    tokens = (
-        tokenizer_metadata if tokenizer_metadata is not None else tokenizer_of(model, shapes["token_embd.weight"][0])
-    )
+    tokens, lack = tokenizer_metadata, None
+    if tokens is None:
+        try:
+            tokens = tokenizer_of(model, shapes["token_embd.weight"][0])
+        except QkvError as fault:
+            lack = str(fault)
     metadata = {
         "general.architecture": architecture.name,
         **general(model),
@@ -96,7 +101,7 @@ def save_gguf(
 
     write_gguf(path, metadata, tensors())
     other = {name: one for name, one in types.items() if one not in (type, "F32")}
-    return Exported(Path(path), dict(Counter([*types.values(), *("F32" for _ in factors)])), other, bool(tokens))
+    return Exported(Path(path), dict(Counter([*types.values(), *("F32" for _ in factors)])), other, bool(tokens), lack)
 
 
 def type_of(name: str, shape: tuple[int, ...], wanted: str, *, tied: bool) -> str:
@@ -130,7 +135,7 @@ class Asked(Config):
 def configured(model: Module) -> dict[str, Any]:
     """The config.json of a model, complete."""
     origin = model.origin
-    values = solved(model.spec, origin.source.config) if isinstance(origin, Origin) else published(model)[0]
+    values = solved(unpooled(model.spec), origin.source.config) if isinstance(origin, Origin) else published(model)[0]
     asked = Asked(values)
     family_of(values).spec(asked)
     return {**values, **asked.read}

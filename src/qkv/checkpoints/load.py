@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from qkv.checkpoints.directory import Directory
 from qkv.checkpoints.names import Plan, parse, plan, read
@@ -37,7 +36,7 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Foreign(Source, Protocol):
+class Foreign(Protocol):
     """A checkpoint whose tensors are not named as in the family's own files."""
 
     def tables(self, spec: Model) -> list[str]:
@@ -73,8 +72,10 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
     pooled = vector_head(source.path)
     if pooled is not None and isinstance(spec, Sequence) and spec.head is None:
         spec = edit(spec, "head", pooled)
-    with Unfilled():
+    try:
         model = empty(spec)
+    except QkvError as fault:
+        raise QkvError(f"{where}: {fault}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     table, made = matched(source, spec, shapes)
     wanted = dtype or source.dtype
@@ -85,18 +86,6 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
     model.load_state_dict(tensors, assign=True)
     model.origin = Origin(source, spec, table, made)
     return model.eval()
-
-
-RANDOM = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
-
-
-class Unfilled(TorchFunctionMode):
-    """Leaves out the random numbers of fresh weights: drawing none on the device meta imports torch's compiler, 1 s."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in RANDOM:
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def numbers(source: Source, key: str) -> Tensor:

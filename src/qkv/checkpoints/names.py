@@ -116,11 +116,6 @@ def written_out(source: str, target: str) -> Iterator[tuple[str, tuple[str, ...]
         yield one, tuple(GROUP.sub(part, many, count=1) for part in rest[0].split(",")) if rest else (many,)
 
 
-def without_prefix(text: str, prefix: str) -> str:
-    """The table for a file whose names lack the prefix."""
-    return re.sub(rf"(?m)^(\s*[=~+]?\s*){re.escape(prefix)}", r"\1", text)
-
-
 # --- operations on a tensor, each with its inverse ---
 
 
@@ -236,7 +231,7 @@ def transferred(link: Link, shapes: Mapping[str, Sequence[int]], get: Callable[[
     for target, piece in zip(link.targets, pieces, strict=True):
         if tuple(piece.shape) != tuple(shapes[target]):
             found, wanted = reprlib.repr(tuple(piece.shape)), tuple(shapes[target])
-            raise QkvError(f"{link.sources[0]} has the shape {found}, and by the configuration {target} is {wanted}")
+            raise QkvError(f"by the configuration {target} has the shape {wanted}, {link.sources[0]} makes it {found}")
     return dict(zip(link.targets, pieces, strict=True))
 
 

@@ -1,5 +1,7 @@
 """Weights in a pickle, for those who trust one enough to convert it."""
 
+import re
+import zipfile
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,8 @@ class Pickled:
         self.path = folder
         self.config: dict[str, Any] = read_table(folder / CONFIG)
         files = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        files = [file for file in files if file.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
+        others = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+        files = [file for file in files if file.is_file() and file.name not in others]
         if not files:
             raise QkvError(f"{folder} holds no pickle of weights: no .bin, .pt or .pth file")
         self.tensors: dict[str, Tensor] = {}
@@ -52,16 +55,32 @@ class Pickled:
 def weights(file: Path) -> dict[str, Tensor]:
     """The tensors of one file."""
     try:
+        if swells(file):
+            raise QkvError(f"{file} is compressed, which no file of weights is")
         found = torch.load(file, map_location="cpu", weights_only=True)
+    except QkvError:
+        raise
     except Exception as fault:  # whatever the damage has led the loader to
-        said = str(fault).partition("WeightsUnpickler error: ")[2] or str(fault) or type(fault).__name__
-        raise QkvError(f"{file} holds more than weights, or is damaged ({shown(said.splitlines()[:1])})") from None
+        asked = re.search(r"GLOBAL ([\w.]{1,80})", str(fault))
+        if asked:
+            raise QkvError(f"{file} holds more than weights: it asks for {asked[1]}, which is not run") from None
+        raise QkvError(f"{file} is no file of weights, or is damaged: copy it again, or ask for safetensors") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(name, str) and plain(x) for name, x in found.items()):
         raise QkvError(f"{file} holds no table of names and plain tensors")
     return found
 
 
+def swells(file: Path) -> bool:
+    """Whether unpacking would make it larger than it is."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size
+
+
 def plain(x: object) -> bool:
     """Whether it is a tensor of numbers in memory: not sparse, not quantised, not without data."""
-    return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_quantized and x.device.type == "cpu"
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_quantized or x.device.type != "cpu":
+        return False
+    return x.numel() * x.element_size() <= x.untyped_storage().nbytes()  # not one number spread over a matrix

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qkv.checkpoints.whole import unwritten
 from qkv.errors import QkvError
@@ -43,10 +44,22 @@ def refuse_adapters(model: Module) -> None:
 def empty(spec: Model) -> Module:
     """The model to be filled, without memory for its weights."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return spec.build()
     except RuntimeError as fault:
         raise QkvError(f"no model can have these sizes: {str(fault).splitlines()[0]}") from None
+
+
+RANDOM = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out the random numbers of fresh weights: drawing none on the device meta imports torch's compiler, 1 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RANDOM:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def fill(model: Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -88,5 +101,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise QkvError(f"{path} does not exist: the folder is incomplete or not one of qkv's") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as fault:
         raise QkvError(f"{path} is not sound JSON ({fault}): copy it again") from None

@@ -12,6 +12,7 @@ from qkv.errors import QkvError
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` when the block ends without an error, and is gone otherwise."""
+    path = path.absolute()
     part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `path`, which must be new or is replaced, when the block ends without an error."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path = path.absolute()
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("part", "old"))
     try:
         part.mkdir(parents=True)
         yield part
@@ -36,12 +38,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 sync(file)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         part.replace(path)
     except OSError as fault:
+        if old.exists() and not path.exists():
+            old.replace(path)
         raise unwritten(path, fault) from fault
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> Path:

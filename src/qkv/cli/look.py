@@ -37,12 +37,12 @@ def look(
     if run is None and text is None:
         raise QkvError(f"{model} is no run, of which there would be a report: give a text for the model to read")
     task, folder = open_task(model), out or (Path("look") if run is None else run / "look")
-    folder.mkdir(parents=True, exist_ok=True)
     if text is not None:
         draw(task, text, folder, layer, head)
     if run is None:
         return
     opened = Run(run)
+    folder.mkdir(parents=True, exist_ok=True)
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))
     texts, scores, recipe = [text] if text is not None else [], None, opened.recipe
@@ -62,7 +62,9 @@ def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | N
     answer = task.predict([text])[0][0] if task.pairs else None
     if answer is not None:
         print(answer.text)
-    for one in attend(task, text, answer):
+    found = attend(task, text, answer)
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in found:
         path, weights = folder / f"{one.kind}.png", one.weights
         layers, heads = picked(layer, len(weights), "layer"), picked(head, weights.shape[1], "head")
         weights = weights[layers][:, heads]
@@ -108,11 +110,14 @@ def inspect(
 
 def spec_of(name: str) -> "Model":
     """The model spec of a run, a recipe, a preset or a checkpoint; no weight is read."""
+    from qkv.checkpoints.load import Foreign
     from qkv.checkpoints.opening import opened
     from qkv.checkpoints.packages import PACKAGES
     from qkv.checkpoints.pull import resolve
+    from qkv.checkpoints.weights import SPEC, read_json
+    from qkv.models import Model
     from qkv.recipes import find, shipped
-    from qkv.spec import nearest
+    from qkv.spec import load, nearest
     from qkv.train import Run, load_recipe
     from qkv.train.run import RUN
     from qkv.zoo import PRESETS, spec_from
@@ -120,6 +125,9 @@ def spec_of(name: str) -> "Model":
 
     if (Path(name) / RUN).is_file():
         return Run(Path(name)).recipe.model
+    if (Path(name) / SPEC).is_file():
+        made: Model = load(read_json(Path(name) / SPEC), Model, str(Path(name) / SPEC))
+        return made
     if name in PRESETS:
         return preset(name)
     if name in shipped() or name.endswith(".toml"):
@@ -128,7 +136,7 @@ def spec_of(name: str) -> "Model":
         known = [*PRESETS, *shipped(), *PACKAGES]
         raise QkvError(f"{name!r} is no run, recipe, preset, file or name to pull{nearest(name, known)}")
     source = opened(resolve(name))
-    return spec_from(source.config, source.keys, str(source.path))
+    return spec_from(source.config, () if isinstance(source, Foreign) else source.keys, str(source.path))
 
 
 def demo(

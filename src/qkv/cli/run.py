@@ -1,29 +1,48 @@
 """Commands that use a run."""
 
+import dataclasses as dc
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qkv.errors import QkvError
+
+if TYPE_CHECKING:
+    from qkv.decode import OneByOne, Search
+    from qkv.use import Task
 
 As_json = Annotated[bool, typer.Option("--json", help="For a program.")]
 
 
 def searching(beam: int | None, n_best: int, length_penalty: float, sampling: dict[str, Any]) -> Any:
     """The search that the options ask for; None leaves it to the recipe."""
-    from qkv.decode import Beam, Sample
+    from qkv.decode import Beam
 
-    asked = {key: value for key, value in sampling.items() if value is not None}
-    if asked and beam is not None:
+    search = sampled(sampling)
+    if search is not None and beam is not None:
         raise QkvError("take either --beam or the options of sampling")
     if n_best > 1 and beam is None:
         raise QkvError("--n-best needs --beam, whose answers it lists")
-    if asked:
-        return Sample(**asked)
-    return Beam(size=beam, n_best=n_best, length_penalty=length_penalty) if beam is not None else None
+    return Beam(size=beam, n_best=n_best, length_penalty=length_penalty) if beam is not None else search
+
+
+def sampled(options: dict[str, Any], usual: "Search | None" = None) -> "OneByOne | None":
+    """The sampling that the options ask for, the rest as is `usual`; None leaves it to the model.
+
+    A temperature of 0 is greedy, and a seed alone turns no sampling on.
+    """
+    from qkv.decode import Greedy, Sample
+
+    asked = {key: value for key, value in options.items() if value is not None}
+    if asked.get("temperature") == 0:
+        return Greedy()
+    if isinstance(usual, Sample):
+        return dc.replace(usual, **asked)
+    return Sample(**asked) if asked.keys() - {"seed"} else None
 
 
 def predict(
@@ -43,25 +62,72 @@ def predict(
     last: Annotated[bool, typer.Option("--last", help="Use the last checkpoint, not the best.")] = False,
     as_json: As_json = False,
 ) -> None:
-    """Answer a text: translate it, continue it, fill its masks, or name its class, as the model was trained to."""
+    """Answer a text as the model was trained to: translate or continue it, fill its masks, name its class or those of
+    its tokens; a model that finds answers takes a question and a text with a tab between them.
+    """
+    from qkv.parts.head import Span, Tagger
     from qkv.train.run import open_task
+    from qkv.use import extract
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     search = searching(beam, n_best, length_penalty, sampling)
     texts, task = lines(text), open_task(model, last=last)
-    for source, answers in zip(texts, task.predict(texts, search, tokens=tokens), strict=True):
+    head = task.model.head.spec if task.model.head is not None else None
+    if isinstance(head, Tagger):
+        show_tags(task, texts, as_json)
+        return
+    if isinstance(head, Span):
+        found = [[extract(task, *parts(line, number))] for number, line in enumerate(texts, 1)]
+    else:
+        found = task.predict(texts, search, tokens=tokens)
+    for source, answers in zip(texts, found, strict=True):
         if as_json:
-            found = [{"text": answer.text, "score": answer.score} for answer in answers]
-            print(json.dumps({"source": source, "answers": found}, ensure_ascii=False))
+            values = [{"text": answer.text, "score": answer.score} for answer in answers]
+            print(json.dumps({"source": source, "answers": values}, ensure_ascii=False))
         else:
             for answer in answers[:n_best]:
                 print(answer.text if n_best == 1 else f"{answer.score:.3f}\t{answer.text}")
 
 
+def show_tags(task: "Task", texts: list[str], as_json: bool) -> None:
+    """A line for each token, and an empty one after each text."""
+    from qkv.use import tag
+
+    for text in texts:
+        tags = tag(task, text)
+        if as_json:
+            print(json.dumps({"source": text, "tags": [dc.asdict(one) for one in tags]}, ensure_ascii=False))
+        else:
+            print("".join(f"{one.text}\t{one.label}\t{math.exp(one.score):.4f}\n" for one in tags))
+
+
+def parts(line: str, number: int) -> tuple[str, str]:
+    """A question and the text that it is about."""
+    question, tab, context = line.partition("\t")
+    if not tab:
+        raise QkvError(f"text {number} has no tab: this model takes a question, a tab, and the text with the answer")
+    return question, context
+
+
+def piped() -> str:
+    """What stands on standard input, without the end of its last line."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as fault:
+        raise QkvError(f"standard input is not UTF-8 (byte {fault.start + 1})") from None
+
+
+NAMED = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".md")
+"""What ends so, without a space, is taken for the name of a file."""
+
+
 def lines(text: str) -> list[str]:
     """The texts that an argument names."""
     if text == "-":
-        return [line.rstrip("\n") for line in sys.stdin]
+        said = piped()
+        return said.split("\n") if said else []
+    if not text:
+        raise QkvError("the text is empty: give one, a file with one text a line, or -")
     try:
         if Path(text).is_dir():
             raise QkvError(f"{text} is a directory; a text, a file with one text a line, or - is expected")
@@ -71,6 +137,8 @@ def lines(text: str) -> list[str]:
         raise QkvError(f"{text} is not UTF-8 (byte {fault.start + 1}); save it as UTF-8") from None
     except OSError:
         pass  # a text too long to be the name of a file
+    if text.endswith(NAMED) and not any(map(str.isspace, text)):
+        raise QkvError(f"{text} does not exist; a text, a file with one text a line, or - is expected")
     return [text]
 
 

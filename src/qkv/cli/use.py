@@ -4,14 +4,14 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qkv.cli.run import As_json, lines, piped, sampled
 from qkv.errors import QkvError
 
 if TYPE_CHECKING:
-    from qkv.decode import OneByOne
     from qkv.use import Task
 
 Model = Annotated[
@@ -24,8 +24,7 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest toke
 MinP = Annotated[float | None, typer.Option(help="Sample from tokens at least p times as likely as the best.")]
 Seed = Annotated[int | None, typer.Option(help="The seed of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; left out, as the file has it.")]
-As_json = Annotated[bool, typer.Option("--json", help="For a program.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; left out, as the file has it, GGUF in fp32.")]
 
 
 def opened(model: str, dtype: str | None) -> "Task":
@@ -35,22 +34,9 @@ def opened(model: str, dtype: str | None) -> "Task":
     task = open_task(model, dtype)
     kind = str(next(task.model.parameters()).dtype).removeprefix("torch.")
     print(f"{task.model.count():,} parameters, {kind}", file=sys.stderr)
+    if task.continues and task.manner.unheeded:
+        print(f"qkv does not follow its settings {', '.join(task.manner.unheeded)}", file=sys.stderr)
     return task
-
-
-def sampled(
-    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
-) -> "OneByOne | None":
-    """The sampling that the options ask for; None leaves it to the model."""
-    from qkv.decode import Greedy, Sample
-
-    asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    if temperature == 0:
-        return Greedy()
-    if not asked and seed is None:
-        return None
-    return Sample(**asked, seed=seed or 0)
 
 
 def show(pieces: Iterable[str]) -> str:
@@ -77,9 +63,12 @@ def generate(
     as_json: As_json = False,
 ) -> None:
     """Continue a text, printed as it is made. Greedy, unless the checkpoint or an option says otherwise."""
-    search = sampled(temperature, top_k, top_p, min_p, seed)
+    prompt = piped() if prompt == "-" else prompt
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampled(asked)  # refuses what cannot be before a model is opened
     task = opened(model, dtype)
-    ids = task.encode(sys.stdin.read() if prompt == "-" else prompt)
+    search = sampled(asked, task.manner.search)
+    ids = task.encode(prompt)
     pieces = task.stream(ids, search, tokens=tokens, stop=stop or [])
     if as_json:
         print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False))
@@ -101,8 +90,10 @@ def chat(
     """Talk with a model in its own chat template; an empty line or Ctrl-D ends. Piped in, each line is a message."""
     from qkv.use import Chat
 
-    search = sampled(temperature, top_k, top_p, min_p, seed)
-    talk = Chat(opened(model, dtype), system, search)
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampled(asked)  # refuses what cannot be before a model is opened
+    task = opened(model, dtype)
+    talk = Chat(task, system, sampled(asked, task.manner.search))
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -122,22 +113,22 @@ def embed(
 ) -> None:
     """Turn texts into vectors: JSON lines, a NumPy array, or how alike the texts are."""
     from qkv.checkpoints.whole import whole_file
-    from qkv.cli.run import lines
     from qkv.use import embed as vectors_of
 
+    if out is not None and out.suffix != ".npy":
+        raise QkvError(f"the vectors are written as a NumPy array: name a file that ends in .npy, not {out}")
     texts = lines(file)
     task = opened(model, dtype)
     vectors = vectors_of(task, texts, batch=batch, cut=True)
     if out is not None:
         import numpy
 
-        if out.suffix != ".npy":
-            raise QkvError(f"the vectors are written as a NumPy array: name a file that ends in .npy, not {out}")
         with whole_file(out) as part:
             numpy.save(part, vectors.numpy())
         print(out)
     if similarity:
-        for row in (vectors @ vectors.T).tolist():
+        unit = vectors / vectors.norm(dim=1, keepdim=True)
+        for row in (unit @ unit.T).tolist():
             print("\t".join(f"{value:.4f}" for value in row))
     elif out is None:
         for text, vector in zip(texts, vectors.tolist(), strict=True):

@@ -75,7 +75,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             _add_tokens(library, folder, config)
             roles = _roles(library, config)
             library.add_special_tokens([library.id_to_token(i) for i in roles.values() if i not in _added(library)])
-            if any(isinstance(config.get(key), bool) for key in ("add_bos_token", "add_eos_token")):
+            told = any(isinstance(config.get(key), bool) for key in ("add_bos_token", "add_eos_token"))
+            if told and not (folder / "tokenizer.json").is_file():  # which says itself what stands around a text
                 begin = roles.get("begin") if config.get("add_bos_token") else None
                 _frame(library, *_plain(begin, roles.get("end") if config.get("add_eos_token") else None))
             ends = _json(folder / "generation_config.json").get("eos_token_id")
@@ -272,7 +273,7 @@ _LLAMA3 = (
 _CUTS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (),  # the library's own cut
-    "smollm": (r"\p{N}", _GPT2),
+    "smollm": (),  # digits apart, then the same
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
 }
@@ -286,7 +287,8 @@ def _byte_level(
         library.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in _CUTS[cuts]]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space is True, use_regex=not splits)
-    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if cuts == "smollm" else []
+    library.pre_tokenizer = pre_tokenizers.Sequence([*digits, *splits, to_bytes])
     library.decoder = decoders.ByteLevel()
     return library
 

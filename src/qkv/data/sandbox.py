@@ -462,8 +462,13 @@ class _Namespace(Namespace):
         return "<namespace>"  # they can hold each other, and would print without end
 
 
+def _namespace(*args: Any, **kwargs: Any) -> _Namespace:
+    _spend(sum(map(_listing, args)) + _ITEM * len(kwargs))
+    return _Namespace(*args, **kwargs)
+
+
 def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    _spend(sum(map(_listing, args)))
+    _spend(sum(map(_listing, args)) + _ITEM * len(kwargs))
     return dict(*args, **kwargs)
 
 
@@ -479,7 +484,7 @@ def _strftime_now(form: str) -> str:
 
 _FUNCTIONS = {
     "dict": _dict,
-    "namespace": _Namespace,
+    "namespace": _namespace,
     "raise_exception": _raise_exception,
     "strftime_now": _strftime_now,
 }

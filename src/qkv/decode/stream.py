@@ -1,6 +1,6 @@
 """One text that grows, token by token."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from qkv.models import Module
 
 
 class Session:
-    """A text and its state. What a longer text shares with the one before is not computed again (a chat's history)."""
+    """A text and its state. What a longer text shares with the one before is not computed again (a chat's history).
 
-    def __init__(self, model: Module) -> None:
+    There is room for `reserved` tokens at first. A text that outgrows its room is begun anew, with twice as much.
+    """
+
+    def __init__(self, model: Module, reserved: int = 0) -> None:
         self.model, self.ids = model, list[int]()
-        self.room = 0
+        self.room, self.reserved = 0, reserved
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int], room: int = 0) -> Tensor:
@@ -23,15 +26,21 @@ class Session:
         if not ids:
             raise QkvError("a prompt needs at least one token")
         if max(room, len(ids)) > self.room:
-            self.room, self.ids = max(room, len(ids)), []
-            self.state = self.model.new_state(1, self.room)
-            self.beginning = self.state.mark()
+            self.begin(max(room, len(ids)))
         same = shared(self.ids, ids)
         if same < len(self.ids):
             same -= self.state.rewind(self.beginning, same)
+            self.ids = self.ids[:same]
         x = self.model.hidden(torch.tensor([list(ids[same:])], device=self.model.device), state=self.state)
         self.ids = list(ids)
         return self.model.logits(x[:, -1]).float().log_softmax(-1)
+
+    def begin(self, least: int) -> None:
+        """An empty state."""
+        room, most = max(least, 2 * self.room, self.reserved), self.model.wiring.embed.room
+        room = room if most is None else max(least, min(room, most))
+        self.state = self.model.new_state(1, room)
+        self.room, self.ids, self.beginning = room, [], self.state.mark()
 
 
 def shared(old: Sequence[int], new: Sequence[int]) -> int:
@@ -49,8 +58,29 @@ def stream(
     model.eval()
     row = torch.zeros(1, dtype=torch.long)
     for _ in range(limit):
-        token = int(choose(session.feed(ids, len(prompt) + limit), row))
+        token = int(choose(session.feed(ids, len(prompt) + limit - 1), row))
         if token in ends:
             return
         yield token
         ids.append(token)
+
+
+def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to where the first of the `stop` strings begins, however it is cut into pieces."""
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        found = begins(waiting, stop)
+        maybe = min((n for n in range(len(waiting)) if any(s.startswith(waiting[n:]) for s in stop)), default=found)
+        if found < len(waiting) and found <= maybe:
+            yield waiting[:found]
+            return
+        if maybe:
+            yield waiting[:maybe]
+            waiting = waiting[maybe:]
+    yield waiting[: begins(waiting, stop)]
+
+
+def begins(text: str, stop: Sequence[str]) -> int:
+    """Where the first of these strings begins in a text; at its end, where none does."""
+    return min((text.index(one) for one in stop if one in text), default=len(text))

@@ -11,7 +11,6 @@ from qkv.parts.norm import BatchNorm, DyT, LayerNorm, Norm, RMSNorm
 from qkv.parts.position import (
     ALiBi,
     BandScaling,
-    LeadingScaling,
     Learned,
     LinearScaling,
     LongRope,
@@ -49,7 +48,6 @@ __all__ = [
     "Head",
     "LayerNorm",
     "LayerScale",
-    "LeadingScaling",
     "Learned",
     "Linear",
     "LinearScaling",

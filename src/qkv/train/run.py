@@ -154,6 +154,8 @@ def open_task(name: str | Path, dtype: torch.dtype | str | None = None, *, last:
         return Task(model, run.tokenizers, Manner(run.recipe.evaluation.search))
     if last:
         raise QkvError(f"{path} is no run, which alone has a last checkpoint beside its best")
+    if (path / SPEC).is_file():
+        raise QkvError(f"{path} is a checkpoint without a tokenizer: name the run that it is a part of")
     return open_published(path, kind)
 
 

@@ -19,11 +19,13 @@ def embed(task: Task, texts: Sequence[str], *, batch: int = 32, cut: bool = Fals
     """
     if task.pairs:
         raise QkvError("an encoder-decoder has no vector of a text; take an encoder, such as all-minilm-l6-v2")
+    if batch < 1:
+        raise QkvError(f"a batch holds at least 1 text, not {batch}")
     model, own = task.model.eval(), task.model.head
     head: OutputModule = (
         own if own is not None and isinstance(own.spec, Vector) else Vector(Pool("mean")).build(0, torch.empty(0))
     )
-    ids = [cut_off(task, text) if cut else task.encode(text, number) for number, text in enumerate(texts, 1)]
+    ids = [task.fit(cut_off(task, text), n) if cut else task.encode(text, n) for n, text in enumerate(texts, 1)]
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     vectors: dict[int, Tensor] = {}
     for start in range(0, len(order), batch):
@@ -38,5 +40,5 @@ def embed(task: Task, texts: Sequence[str], *, batch: int = 32, cut: bool = Fals
 def cut_off(task: Task, text: str) -> list[int]:
     """The ids of a text, of which as many are kept as the model reads."""
     before, after = task.frame
-    ids = task.source.encode(text)
+    ids = task.ids(text)
     return [*before, *(ids if task.room is None else ids[: task.room - len(before) - len(after)]), *after]

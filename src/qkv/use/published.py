@@ -1,11 +1,11 @@
 """A published checkpoint, ready to use."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qkv.checkpoints.directory import read_table
 from qkv.checkpoints.gguf_model import GGUFModel, Llama2CModel
 from qkv.checkpoints.llama2c import read_tokenizer
 from qkv.checkpoints.load import Source, load_published
@@ -20,13 +20,19 @@ from qkv.use.task import Manner, Task
 def open_published(path: Path, dtype: torch.dtype | None = None) -> Task:
     """The model of a directory or file that others published, its tokenizer, and how it wants to be used."""
     source = opened(path, dtype)
-    tokenizer = tokenizer_of(source)
-    return Task(load_published(source, dtype), Tokenizers(tokenizer, tokenizer), manner(source))
+    tokenizer, wanted = tokenizer_of(source), manner(source)
+    task = Task(load_published(source, dtype), Tokenizers(tokenizer, tokenizer), wanted)
+    rows = len(task.model.wiring.embed.table)
+    if task.pairs and not all(0 <= i < rows for i in wanted.begin):
+        raise QkvError(f"{path} says that an answer begins with the tokens {wanted.begin}; the model has {rows}")
+    return task
 
 
 def tokenizer_of(source: Source) -> Tokenizer:
     """The tokenizer in a checkpoint, or beside it."""
     if isinstance(source, GGUFModel):
+        if source.file.metadata.get("tokenizer.ggml.model", "none") == "none":
+            raise QkvError(f"{source.path} holds weights without a tokenizer: convert a checkpoint that has one")
         return tokenizer_from_gguf(source.file.metadata)
     if isinstance(source, Llama2CModel):
         pieces = read_tokenizer(beside(source.path), source.config["vocab_size"])
@@ -44,17 +50,20 @@ def beside(path: Path) -> Path:
 
 def manner(source: Source) -> Manner:
     """What a checkpoint's configuration says of its use."""
-    says = {**source.config, **table(source.path / "generation_config.json")}
-    starts = [says.get(key) for key in ("decoder_start_token_id", "forced_bos_token_id")]
+    where = source.path / "generation_config.json"
+    says = {**source.config, **table(where)}
+    start = says.get("decoder_start_token_id")
+    starts = [says.get("bos_token_id") if start is None else start, says.get("forced_bos_token_id")]
     longest = table(source.path / "sentence_bert_config.json").get("max_seq_length")
     return Manner(
-        search=search(says),
+        search=search(says, str(where)),
         begin=tuple(i for i in starts if isinstance(i, int)),
+        unheeded=tuple(unheeded(says)),
         longest=longest if isinstance(longest, int) and longest > 0 else None,
     )
 
 
-def search(says: dict[str, Any]) -> Search:
+def search(says: dict[str, Any], where: str = "generation_config.json") -> Search:
     """The search that a generation_config.json asks for."""
     beams, penalty = says.get("num_beams"), says.get("length_penalty")
     if isinstance(beams, int) and beams > 1:
@@ -62,16 +71,22 @@ def search(says: dict[str, Any]) -> Search:
     if says.get("do_sample") is not True:
         return Greedy()
     asked = {key: says.get(key) for key in ("temperature", "top_k", "top_p", "min_p")}
-    made: Sample = load({"kind": "sample", **{key: value for key, value in asked.items() if value}}, Sample)
+    made: Sample = load({"kind": "sample", **{key: value for key, value in asked.items() if value}}, Sample, where)
     return made
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1, 1.0), "no_repeat_ngram_size": (0,), "min_length": (0,), "bad_words_ids": ([],),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "typical_p": (1, 1.0), "num_beam_groups": (1,),
+}  # fmt: skip
+"""Settings of generation for which there is no part, and the values at which they do nothing."""
+
+
+def unheeded(says: dict[str, Any]) -> list[str]:
+    """The settings of a checkpoint's generation that are not followed."""
+    return [f"{key} = {says[key]!r}" for key, values in NEUTRAL.items() if says.get(key) not in (None, *values)]
 
 
 def table(path: Path) -> dict[str, Any]:
     """A JSON file's table; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
-        raise QkvError(f"{path} is not sound JSON ({fault}): copy it again") from None
-    return found if isinstance(found, dict) else {}
+    return read_table(path) if path.is_file() else {}

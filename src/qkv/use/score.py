@@ -39,18 +39,18 @@ def score(task: Task, text: str, *, context: int | None = None, stride: int | No
     if not task.continues:
         raise QkvError("only a decoder has a perplexity: it predicts each token from those before it")
     model, (before, _) = task.model.eval(), task.frame
-    ids = task.source.encode(text)
-    context = context or min(task.room or 1024, 1024)
-    stride = stride or max(1, context // 2)
-    if not len(before) + 1 < context or not 1 <= stride <= context - len(before):
+    ids = task.ids(text)
+    context = min(task.room or 1024, 1024) if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
+    if not len(before) + 1 < context or not 1 <= stride <= context:
         raise QkvError(f"a context of {context} with a stride of {stride} scores nothing; 1 ≤ stride ≤ context")
     if task.room is not None and context > task.room:
         raise QkvError(f"a context of {context} is more than the model's {task.room} positions")
-    if len(before) + len(ids) < 2:
+    if len(ids) < (1 if before else 2):
         raise QkvError("the text is empty: there is nothing to score")
-    nats, done = 0.0, 0 if before else 1
+    nats, done, size = 0.0, 0 if before else 1, context - len(before)
+    stride = min(stride, size if before else size - 1)  # something stands before the first new token of a window
     while done < len(ids):
-        size = context - len(before)
         end = min(len(ids), size if done <= 1 else done + stride)
         window = [*before, *ids[max(0, end - size) : end]]
         new = min(end - done, len(window) - 1)

@@ -3,11 +3,13 @@
 import dataclasses as dc
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 
 import torch
 
 from qkv.data import TextStream, Tokenizers
 from qkv.decode import Greedy, OneByOne, Search, Session, decode, stream
+from qkv.decode.stream import until
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Module
 from qkv.parts.head import Classifier, VocabularyHead
@@ -31,13 +33,15 @@ class Manner:
     """The ids with which a decoder that reads a memory begins; () is the tokenizer's begin token."""
     longest: int | None = None
     """The longest text that it should read, where that is less than it could."""
+    unheeded: tuple[str, ...] = ()
+    """Settings of its own that are not followed here."""
 
 
 class Task:
     """A model with its tokenizers. `predict` does what the model was made for:
 
     an encoder-decoder turns each text into another, a decoder continues it, an encoder fills its mask tokens, and a
-    classifier names its class.
+    classifier names its class. Vectors, scores, tags and answers found in a text are functions beside it.
     """
 
     def __init__(self, model: Module, tokenizers: Tokenizers, manner: Manner | None = None) -> None:
@@ -71,9 +75,12 @@ class Task:
         source = self.source
         if source.trained:
             return ([], [source.end]) if self.pairs else ([source.begin] if self.continues else [], [])
-        framed = source.prompt("x")
-        inside = [n for n, special in enumerate(framed.specials) if not special]
-        return framed.ids[: inside[0]], framed.ids[inside[-1] + 1 :]
+        for text in chain("x", (source.decode([n]) for n in range(source.size))):  # it may have no x
+            framed = source.prompt(text)
+            inside = [n for n, special in enumerate(framed.specials) if not special]
+            if inside:
+                return framed.ids[: inside[0]], framed.ids[inside[-1] + 1 :]
+        raise QkvError("the tokenizer makes no token of any text: copy the checkpoint again")
 
     @property
     def room(self) -> int | None:
@@ -81,10 +88,23 @@ class Task:
         own = self.model.source.room if isinstance(self.model, EncoderDecoderModel) else self.model.positions
         return min((n for n in (own, self.manner.longest) if n is not None), default=None)
 
+    def ids(self, text: str, *, parse: bool = False) -> list[int]:
+        """The ids of a text alone; with `parse`, special tokens that are spelt out in it are such."""
+        ids = self.source.parse(text) if parse else self.source.encode(text)
+        embed = self.model.source if isinstance(self.model, EncoderDecoderModel) else self.model.wiring.embed
+        rows = len(embed.table)
+        if ids and max(ids) >= rows:
+            piece = self.source.pieces([max(ids)])[0]
+            raise QkvError(f"the tokenizer's {piece!r} has the id {max(ids)}, and the model has {rows} rows for tokens")
+        return ids
+
     def encode(self, text: str, number: int = 1, *, parse: bool = False) -> list[int]:
-        """The ids that the model reads; with `parse`, special tokens that are spelt out in the text are such."""
+        """The ids that the model reads."""
         before, after = self.frame
-        ids = [*before, *(self.source.parse(text) if parse else self.source.encode(text)), *after]
+        return self.fit([*before, *self.ids(text, parse=parse), *after], number)
+
+    def fit(self, ids: list[int], number: int = 1) -> list[int]:
+        """The same ids, if they are neither none nor too many."""
         if self.room is not None and len(ids) > self.room:
             raise QkvError(f"text {number} has {len(ids)} tokens and the model takes {self.room}: shorten or split it")
         if not ids:
@@ -119,32 +139,50 @@ class Task:
     def batch(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of ids as a tensor, packed left, and their lengths where they differ."""
         lengths = [len(row) for row in ids]
-        padded = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in ids], device=self.model.device)
+        padded = torch.tensor(
+            [[*row, *[0] * (max(lengths) - len(row))] for row in ids], dtype=torch.long, device=self.model.device
+        )
         equal = min(lengths) == max(lengths)
         return padded, None if equal else torch.tensor(lengths, device=self.model.device)
 
+    def fitting(self, tokens: int, read: int) -> int:
+        """How many of so many new tokens there is room for after those that are read; the last new one is not read."""
+        if tokens < 1:
+            raise QkvError(f"{tokens} new tokens are asked for; at least 1 is made")
+        room = self.model.wiring.embed.room
+        return tokens if room is None else max(1, min(tokens, room - read + 1))
+
     def answer(self, ids: list[list[int]], rows: list[int], search: Search, tokens: int) -> list[list[Prediction]]:
-        model, room = self.model, self.model.wiring.embed.room or 1 << 30
+        model = self.model
         if isinstance(model, EncoderDecoderModel):
             source, lengths = self.batch(ids)
             with torch.inference_mode():
                 memory = model.eval().encode(source, lengths=lengths)
             prompts = [self.begin] * len(ids)
-            limits = [min(2 * len(row) + 10 if self.source.trained else tokens, room - len(self.begin)) for row in ids]
+            wanted = [2 * len(row) + 10 if self.source.trained else tokens for row in ids]
+            limits = [self.fitting(one, len(self.begin)) for one in wanted]
         else:
             memory, prompts = None, ids
-            limits = [max(1, min(tokens, room - len(row))) for row in ids]
+            limits = [self.fitting(tokens, len(row)) for row in ids]
         found = decode(model, prompts, search, limits=limits, end=self.target.ends, memory=memory, seeds=rows)
         return [[Prediction(self.target.decode(h.ids), h.score, h.ids) for h in row] for row in found]
 
+    @torch.inference_mode()
+    def judged(self, ids: Sequence[Sequence[int]], **given: torch.Tensor) -> torch.Tensor:
+        """What the head says of rows, in fp32; an encoder-decoder reads them on both sides, on the second one late."""
+        (padded, lengths), model = self.batch(ids), self.model.eval()
+        if isinstance(model, EncoderDecoderModel):
+            late = torch.cat((torch.full_like(padded[:, :1], self.begin[0]), padded[:, :-1]), 1)
+            return model(late, lengths=lengths, **model.encode(padded, lengths=lengths)).float()
+        return model(padded, lengths=lengths, **given).float()
+
     def classify(self, ids: list[list[int]]) -> list[list[Prediction]]:
-        """The classes of each row, likeliest first, with log p as their score."""
+        """The classes of each row, likeliest first, with log p as their score; one class alone scores a number."""
         head = self.model.head
         if head is None or not isinstance(head.spec, Classifier):
-            raise QkvError("this model has no head that predicts a text: `qkv embed` gives its vectors")
-        padded, lengths = self.batch(ids)
-        with torch.inference_mode():
-            log_p = self.model.eval()(padded, lengths=lengths).float().log_softmax(-1)
+            raise QkvError("this model has no head that answers a text: `qkv embed` gives its vectors")
+        log_p = self.judged(ids)
+        log_p = log_p.log_softmax(-1) if len(head.spec.labels) > 1 else log_p
         order = log_p.argsort(-1, descending=True).tolist()
         return [
             [Prediction(head.spec.labels[n], float(row[n]), [n]) for n in best]
@@ -159,7 +197,9 @@ class Task:
         if not self.continues:
             raise QkvError("only a decoder continues a text: `qkv predict` does what this model was made for")
         usual = self.manner.search if isinstance(self.manner.search, OneByOne) else Greedy()
-        limit = tokens if self.room is None else min(tokens, self.room - len(ids))
+        if "" in stop:
+            raise QkvError("an empty stop string would end every text: leave it out")
+        limit = self.fitting(tokens, len(ids))
         made = stream(self.model, ids, search or usual, limit=limit, ends=self.target.ends, seed=seed, session=session)
         yield from until(written(self.target.stream(), made), stop)
 
@@ -174,6 +214,8 @@ class Task:
 
     def candidates(self, text: str, best: int = 5) -> list[list[Prediction]]:
         """For each mask token of a text the tokens that fit best, with their log p."""
+        if best < 1:
+            raise QkvError(f"{best} candidates are asked for; at least 1 is given")
         _, _, log_p = self.masked(text)
         found = log_p.topk(min(best, log_p.shape[1]))
         return [
@@ -199,19 +241,3 @@ def written(text: TextStream, ids: Iterator[int]) -> Iterator[str]:
     for token in ids:
         yield text.push(token)
     yield text.close()
-
-
-def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text up to the first of the `stop` strings; what may begin one waits."""
-    waiting = ""
-    for piece in pieces:
-        waiting += piece
-        at = min((waiting.find(one) for one in stop if one in waiting), default=None)
-        if at is not None:
-            yield waiting[:at]
-            return
-        held = max((n for one in stop for n in range(1, len(one)) if waiting.endswith(one[:n])), default=0)
-        if len(waiting) > held:
-            yield waiting[: len(waiting) - held]
-            waiting = waiting[len(waiting) - held :]
-    yield waiting

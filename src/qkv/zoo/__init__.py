@@ -14,10 +14,12 @@ from qkv.zoo import (
     llama,
     mamba,
     marian,
+    mistral,
     mixtral,
     modernbert,
     neox,
     phi3,
+    qwen,
     roberta,
     t5,
     transformer,
@@ -26,6 +28,6 @@ from qkv.zoo.registry import FAMILIES, PRESETS, family_of, preset, spec_from, sp
 
 __all__ = [
     "FAMILIES", "PRESETS", "albert", "bart", "bert", "distilbert", "electra", "falcon", "family_of", "gemma", "gpt",
-    "gpt1", "gpt2", "llama", "mamba", "marian", "mixtral", "modernbert", "neox", "phi3", "preset", "roberta",
-    "spec_from", "spec_of", "t5", "transformer",
+    "gpt1", "gpt2", "llama", "mamba", "marian", "mistral", "mixtral", "modernbert", "neox", "phi3", "preset", "qwen",
+    "roberta", "spec_from", "spec_of", "t5", "transformer",
 ]  # fmt: skip

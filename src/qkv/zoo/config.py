@@ -163,6 +163,13 @@ class Config:
         name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
         return name.partition("For")[2] or ("CausalLM" if name.endswith("LMHeadModel") else "")
 
+    def headless(self) -> None:
+        """Refuse a class that has a head which no part makes."""
+        if self.task:
+            raise QkvError(
+                f"{self.where}: architectures is {self.values['architectures']}; qkv has no head for {self.task}"
+            )
+
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
         names, count = self.value("id2label", {}, dict), self.optional("num_labels")
@@ -177,5 +184,7 @@ class Config:
         return tuple(str(found[n]) for n in range(len(found)))
 
     def tied(self, matrix: str, default: bool = True) -> bool:
-        """Whether the head shares the embedding's table: as the file says, or where it has no such matrix."""
-        return self.flag("tie_word_embeddings", default) or (bool(self.keys) and matrix not in self.keys)
+        """Whether the head shares the embedding's table: as it says, else by whether the file has such a matrix."""
+        if self.values.get("tie_word_embeddings") is None and self.keys:
+            return default or matrix not in self.keys
+        return self.flag("tie_word_embeddings", default)

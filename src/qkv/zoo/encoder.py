@@ -1,6 +1,5 @@
 """What the encoders that grew from BERT share: embeddings, blocks and heads, and the names of their tensors."""
 
-from qkv.errors import QkvError
 from qkv.masks import Full
 from qkv.models import Sequence
 from qkv.parts import (
@@ -102,13 +101,9 @@ def head(c: Config, transform: Transform, pool: Pool, dropout: float) -> Output 
         return Classifier(c.labels(), pool=pool, dropout=dropout)
     if c.task == "TokenClassification":
         return Tagger(c.labels(), dropout=dropout)
-    return Span() if c.task == "QuestionAnswering" else bare(c)
-
-
-def bare(c: Config) -> Output | None:
-    """No head, where the class has none; `QkvError` where it has one that no part makes."""
-    if c.task:
-        raise QkvError(f"{c.where}: architectures is {c.values['architectures']}; qkv has no head for {c.task}")
+    if c.task == "QuestionAnswering":
+        return Span()
+    c.headless()
     return None
 
 

@@ -12,8 +12,8 @@ from qkv.models import Model, Sequence
 from qkv.parts import Attention, Block, Branch, Gated, RMSNorm, Rotary, ScaledDot, Stack, Tokens
 from qkv.parts.stack import rolled
 from qkv.zoo.config import Config
+from qkv.zoo.decoder import attention, head, layer_types, window
 from qkv.zoo.llama import NAMES as PLAIN
-from qkv.zoo.llama import attention, head, layer_types, window
 from qkv.zoo.registry import family, preset
 from qkv.zoo.rope import optional, rotary
 

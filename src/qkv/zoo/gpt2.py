@@ -7,7 +7,7 @@ from qkv.models import Sequence
 from qkv.parts import Attention, Block, Branch, FeedForward, LayerNorm, Learned, ScaledDot, Stack, Tagger, Tokens
 from qkv.parts.stack import rolled
 from qkv.zoo.config import Config
-from qkv.zoo.llama import head
+from qkv.zoo.decoder import head
 from qkv.zoo.registry import family, preset
 
 NAMES = """

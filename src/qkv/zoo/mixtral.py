@@ -5,7 +5,7 @@ from typing import Any
 from qkv.models import Sequence
 from qkv.parts import Experts, TopK
 from qkv.zoo.config import Config
-from qkv.zoo.llama import attention, decoder, sized, window
+from qkv.zoo.decoder import attention, decoder, sized, window
 from qkv.zoo.registry import family, preset
 from qkv.zoo.rope import rotary
 

@@ -24,8 +24,7 @@ from qkv.parts import (
 )  # fmt: skip
 from qkv.parts.stack import rolled
 from qkv.zoo.config import Config
-from qkv.zoo.encoder import bare
-from qkv.zoo.llama import layer_types
+from qkv.zoo.decoder import layer_types
 from qkv.zoo.registry import family, preset
 from qkv.zoo.rope import rotary
 
@@ -117,7 +116,10 @@ def head(c: Config, norm: Norm) -> Output | None:
         return Classifier(c.labels(), pool=pool, dropout=dropout)
     if c.task == "TokenClassification":
         return Tagger(c.labels(), transform=transform, dropout=dropout)
-    return Span(transform=transform, dropout=dropout) if c.task == "QuestionAnswering" else bare(c)
+    if c.task == "QuestionAnswering":
+        return Span(transform=transform, dropout=dropout)
+    c.headless()
+    return None
 
 
 @preset("modernbert-base")

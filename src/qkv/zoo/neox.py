@@ -5,8 +5,8 @@ from typing import Any
 from qkv.models import Sequence
 from qkv.parts import Attention, Block, Branch, FeedForward, LayerNorm, Parallel, Stack, Tokens
 from qkv.zoo.config import Config
+from qkv.zoo.decoder import head
 from qkv.zoo.gpt2 import labelled
-from qkv.zoo.llama import head
 from qkv.zoo.registry import family, preset
 from qkv.zoo.rope import rotary
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from qkv.models import Sequence
 from qkv.zoo.config import Config
-from qkv.zoo.llama import attention, decoder, window
+from qkv.zoo.decoder import attention, decoder, window
 from qkv.zoo.registry import family, preset
 
 NAMES = """

@@ -5,6 +5,7 @@ published configuration, or a spec where its form has none, with what it is in i
 """
 
 import dataclasses as dc
+import re
 from collections.abc import Callable, Collection, Mapping
 from reprlib import repr as shown
 from typing import Any, TypeAlias
@@ -36,7 +37,12 @@ class Family:
     def tables(self, spec: Model) -> list[str]:
         """The tables that a file of this family may follow, the likeliest first."""
         names = self.names if isinstance(self.names, str) else self.names(spec)
-        return [names, names.replace(f" {self.prefix}", " ")] if self.prefix else [names]
+        return [names, without_prefix(names, self.prefix)] if self.prefix else [names]
+
+
+def without_prefix(table: str, prefix: str) -> str:
+    """The table for a file whose names lack the prefix."""
+    return re.sub(rf"(?m)^(\s*[=~+]?\s*){re.escape(prefix)}", r"\1", table)
 
 
 FAMILIES: dict[str, Family] = {}
@@ -75,8 +81,8 @@ def spec_from(values: Mapping[str, Any], keys: Collection[str] = (), where: str 
     try:
         spec = family_of(values, where).spec(config)
     except QkvError as fault:
-        said = str(fault)
-        raise QkvError(said if said.startswith(where) else f"{where}: {said[:LONGEST]}") from None
+        said = str(fault) if str(fault).startswith(where) else f"{where}: {fault}"
+        raise QkvError(said[: len(where) + LONGEST]) from None
     except ArithmeticError as fault:
         raise QkvError(f"{where}: its numbers make no model ({fault})") from None
     config.close()

@@ -11,8 +11,8 @@ from typing import Any
 from qkv.errors import QkvError
 from qkv.models import Model
 from qkv.spec import Change, diff
-from qkv.zoo.config import ACTIVATIONS
-from qkv.zoo.registry import spec_from
+from qkv.zoo.config import ACTIVATIONS, INERT, Config
+from qkv.zoo.registry import family_of, spec_from
 
 TASKS = (
     "CausalLM", "MaskedLM", "ConditionalGeneration", "SequenceClassification", "TokenClassification",
@@ -22,7 +22,10 @@ TASKS = (
 
 def configuration(spec: Model, base: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration, near `base`, that describes exactly this spec; `QkvError` says what it cannot express."""
-    values = {**base, **labels(spec)}
+    named, values = labels(spec), dict(base)
+    if named != labels(spec_from(base)):
+        values.pop("num_labels", None)
+        values |= named
     left = diff(spec_from(values), spec)
     while left:
         for keys in chain(candidates(values, left), together(values, left)):
@@ -45,21 +48,30 @@ def labels(spec: Model) -> dict[str, Any]:
     if names is None:
         return {}
     ids = {name: n for n, name in enumerate(names)}
-    return {"id2label": {str(n): name for name, n in ids.items()}, "label2id": ids}
+    return {"id2label": {str(n): name for n, name in enumerate(names)}, "label2id": ids}
 
 
 def candidates(values: Mapping[str, Any], left: list[Change]) -> Iterator[dict[str, Any]]:
-    """Keys and values to try: what the spec has, at keys that hold such a value now."""
+    """Keys and values to try: what the spec has, at keys that hold such a value now, or none."""
     found = {(type(change.after), change.after) for change in left if isinstance(change.after, int | float)}
-    for key, value in values.items():
+    for key, value in {**values, **unsaid(values)}.items():
         if isinstance(value, str) and value in ACTIVATIONS:
             yield from ({key: name} for name in ACTIVATIONS)
         for kind, after in found:
             if value is None or type(value) is kind:
                 yield {key: after, **resized(values, value, after)}
-    stem = values.get("architectures", [""])[0].partition("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
+    classes = values.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+    stem = name.partition("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
     yield from ({"architectures": [f"{stem}For{task}"]} for task in TASKS)
     yield from ({"architectures": [f"{stem}{bare}"]} for bare in ("Model", "LMHeadModel"))
+
+
+def unsaid(values: Mapping[str, Any]) -> dict[str, None]:
+    """The keys that the family asks for and the configuration leaves out."""
+    config = Config(values)
+    family_of(values).spec(config)
+    return dict.fromkeys(sorted(config.used - values.keys() - set(INERT.split())))
 
 
 def together(values: Mapping[str, Any], left: list[Change]) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ def dequantise(type: str, data: Tensor, shape: Sequence[int], dtype: torch.dtype
         return data.reshape(-1).view(FLOATS[type]).view(tuple(shape)).to(dtype)
     block, equation = BLOCKS[type], _EQUATIONS[type]
     blocks = data.reshape(-1, block.bytes)
-    weights = torch.empty(len(blocks), block.weights, dtype=dtype)
+    weights = torch.empty(len(blocks), block.weights, dtype=dtype, device=data.device)
     step = SLICE // block.weights
     for at in range(0, len(blocks), step):
         weights[at : at + step] = equation(blocks[at : at + step])

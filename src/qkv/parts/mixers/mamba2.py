@@ -24,7 +24,7 @@ class Mamba2(Mixer):
     x = silu(conv(W_x u)), B = silu(conv(W_B u)), C = silu(conv(W_C u)), Δ = softplus(W_Δ u + b), A = −e^{A_log};
     S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t. Heads share B and C in `groups`, and the RMS norm
     runs over the channels of each group. Left out, `head_width` makes all heads together 2 C wide. `step_limit` bounds
-    Δ; `chunk` tokens at a time are matrix products.
+    Δ.
     """
 
     heads: int
@@ -36,7 +36,6 @@ class Mamba2(Mixer):
     bias: bool = False
     step_limit: tuple[float, float] | None = None
     eps: float = 1e-5
-    chunk: int = 64
 
     def check(self) -> None:
         if any(n is not None and n < 1 for n in (self.heads, self.head_width, self.groups, self.state, self.conv)):
@@ -45,8 +44,6 @@ class Mamba2(Mixer):
             raise QkvError(f"{self.groups} groups do not divide {self.heads} heads")
         if self.step_limit is not None and not 0 <= self.step_limit[0] <= self.step_limit[1]:
             raise QkvError(f"step_limit is the least and the most step, from 0 up, not {self.step_limit}")
-        if self.chunk < 1 or self.chunk & (self.chunk - 1):
-            raise QkvError(f"a chunk of {self.chunk} tokens cannot be halved down to one; give a power of two")
 
     def build(self, width: int) -> Body:
         if self.head_width is None and 2 * width % self.heads:
@@ -92,7 +89,7 @@ class _Mamba2(Body):
         v = F.silu(u.out).unflatten(-1, (spec.heads, -1))
         k, q = (F.silu(y.out).unflatten(-1, (spec.groups, -1)).transpose(1, 2) for y in (B, C))
         g = dt * -self.A_log.to(dt.dtype).exp()
-        read = recall.chunked(q, k, (v * dt[..., None]).transpose(1, 2), g.mT, state=held.get("S"), chunk=spec.chunk)
+        read = recall.chunked(q, k, (v * dt[..., None]).transpose(1, 2), g.mT, state=held.get("S"))
         if isinstance(cell, Recurrent):
             cell.now = {"x": u.taps, "B": B.taps, "C": C.taps, "S": read.state}
         y = read.out.transpose(1, 2) + self.D[:, None] * v

@@ -6,7 +6,6 @@ from qkv.parts.position.position import Position, Positional, Shared
 from qkv.parts.position.rotary import Rotary
 from qkv.parts.position.scaling import (
     BandScaling,
-    LeadingScaling,
     LinearScaling,
     LongRope,
     NTKScaling,
@@ -17,7 +16,6 @@ from qkv.parts.position.scaling import (
 __all__ = [
     "ALiBi",
     "BandScaling",
-    "LeadingScaling",
     "Learned",
     "LinearScaling",
     "LongRope",

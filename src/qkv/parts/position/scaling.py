@@ -199,25 +199,3 @@ class LongRope(Scaling):
         if self.attention_factor is not None:
             return self.attention_factor
         return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(self.trained))
-
-
-@part("leading-scaling")
-class LeadingScaling(Scaling):
-    """Only the first `share` of the pairs turn, at r_i = 1 / (factor s_i); the slow ones stand still (Gemma 4).
-
-    Unlike a rotary `fraction` it leaves i/K alone and pairs x_i with x_{i+K/2} over the whole head. `rope_type` is
-    "proportional"; `share` is `partial_rotary_factor`; `factor` is the key of that name.
-    """
-
-    share: float
-    factor: float = 1.0
-
-    def check(self) -> None:
-        positive(self, "factor")
-        if not 0 < self.share <= 1:
-            raise QkvError(f"the share of leading-scaling lies in (0, 1], not at {self.share}")
-
-    def rates(self, theta: float, width: int, lengths: Tensor) -> Tensor:
-        rates = 1 / spans(theta, width, lengths) / self.factor
-        turning = int(self.share * width // 2)
-        return torch.cat((rates[:turning], torch.zeros_like(rates[turning:])))
