@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qkv.checkpoints.directory import Directory, is_plain, read_sound
-from qkv.checkpoints.load import Origin, Unfilled, load_directory
+from qkv.checkpoints.load import Origin, load_directory
+from qkv.checkpoints.weights import Unfilled
 from qkv.errors import QkvError
 from qkv.models import Module, Sequence
 from qkv.parts import Pool

@@ -72,6 +72,13 @@ def test_generation_config_counts_more_than_config(tmp_path):
         open_published(tmp_path)
 
 
+def test_what_is_not_followed_is_told(tmp_path):
+    small.llama(tmp_path)
+    says = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "min_length": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(says))
+    assert open_published(tmp_path).manner.unheeded == ("repetition_penalty = 1.1", "min_length = 5")
+
+
 def test_the_longest_text_is_the_shorter_of_two_bounds(tmp_path):
     small.bert(tmp_path)
     for longest, room in ((10, 10), (500, 96), (0, 96), ("ten", 96)):

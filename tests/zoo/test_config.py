@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkv.checkpoints.load import Unfilled
 from qkv.checkpoints.names import parse
-from qkv.checkpoints.weights import empty
+from qkv.checkpoints.weights import Unfilled, empty
 from qkv.errors import QkvError
 from qkv.models import Model
 from qkv.parts.activation import activation

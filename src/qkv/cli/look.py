@@ -62,12 +62,11 @@ def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | N
     answer = task.predict([text])[0][0] if task.pairs else None
     if answer is not None:
         print(answer.text)
-    found = attend(task, text, answer)
-    folder.mkdir(parents=True, exist_ok=True)
-    for one in found:
+    for one in attend(task, text, answer):
         path, weights = folder / f"{one.kind}.png", one.weights
         layers, heads = picked(layer, len(weights), "layer"), picked(head, weights.shape[1], "head")
         weights = weights[layers][:, heads]
+        folder.mkdir(parents=True, exist_ok=True)
         if weights.shape[:2] == (1, 1):
             title = f"{one.kind}, layer {layers[0] + 1}, head {heads[0] + 1}"
             print(attention_map(weights[0, 0], one.rows, one.columns, title=title, path=path))
