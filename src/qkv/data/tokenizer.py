@@ -95,7 +95,8 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json, whole or not at all; `path` is that file, whatever its name, or its folder.
 
-        A published tokenizer writes tokenizer_config.json beside it in the folder: special tokens and chat templates.
+        A published one writes two more into a folder: tokenizer_config.json with its special tokens and chat templates,
+        and generation_config.json with the ids that end a text.
         """
         file = path if path.suffix == ".json" else path / "tokenizer.json"
         write_text(file, self._library.to_str(pretty=True))
@@ -106,6 +107,12 @@ class Tokenizer:
             if chats:
                 says["chat_template"] = chats if len(chats) > 1 else chats[0]["template"]
             write_text(path / "tokenizer_config.json", json.dumps(says, indent=2, ensure_ascii=False))
+            ids = {
+                f"{name}_token_id": self._roles[role]
+                for name, role in (("bos", "begin"), ("pad", "pad"))
+                if self.has(role)
+            }
+            write_text(path / "generation_config.json", json.dumps(ids | {"eos_token_id": sorted(self.ends)}, indent=2))
 
     # --- special tokens -------------------------------------------------------------------------------------------
 
