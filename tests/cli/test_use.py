@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from qkv.adapt import add_lora, loras, save_adapter
 from qkv.cli import main
 from qkv.decode import Sample
 from qkv.use import embed, extract, open_published, score, tag
@@ -303,3 +304,18 @@ def test_as_a_program_of_its_own(folder):
     done = subprocess.run(command, capture_output=True, cwd=folder, env=environment)
     assert done.returncode == 0 and done.stdout.endswith(b"\n") and b"parameters" in done.stderr
     assert b"parameters" not in done.stdout
+
+
+def test_an_adapter_is_added_to_the_model(qkv, folder: Path, tmp_path: Path) -> None:
+    task = open_published(folder / "llama")
+    add_lora(task.model, "mine", rank=2, alpha=4.0, targets="**.attn.f.q")
+    for lora in loras(task.model, "mine").values():
+        torch.nn.init.normal_(lora.B, std=0.3)
+    save_adapter(task.model, tmp_path / "lora", "mine")
+    wanted = score(task, (folder / "texts.txt").read_text(), context=16, stride=8)
+    options = ("score", "llama", "texts.txt", "--context", 16, "--stride", 8, "--json")
+    plain, adapted = (qkv(*options, *more).lines[0] for more in ((), ("--adapter", tmp_path / "lora")))
+    assert adapted["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+    assert abs(plain["perplexity"] / adapted["perplexity"] - 1) > 1e-3
+    gone = qkv(*options, "--adapter", tmp_path / "gone")
+    assert gone.code == 2 and gone.err.count("\n") <= 2 and "gone" in gone.err

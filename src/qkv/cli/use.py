@@ -24,14 +24,19 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest toke
 MinP = Annotated[float | None, typer.Option(help="Sample from tokens at least p times as likely as the best.")]
 Seed = Annotated[int | None, typer.Option(help="The seed of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")]
+Adapter = Annotated[list[Path] | None, typer.Option(help="A PEFT LoRA directory to add. May be repeated.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; left out, as the file has it, GGUF in fp32.")]
 
 
-def opened(model: str, dtype: str | None) -> "Task":
-    """The model with its tokenizer; what it is goes to stderr."""
+def opened(model: str, dtype: str | None, adapters: list[Path] | None = None) -> "Task":
+    """The model with its tokenizer and adapters; what it is goes to stderr."""
     from qkv.train.run import open_task
 
     task = open_task(model, dtype)
+    for folder in adapters or []:
+        from qkv.adapt import load_adapter
+
+        load_adapter(task.model, folder, folder.resolve().name.replace(".", "-"))
     kind = str(next(task.model.parameters()).dtype).removeprefix("torch.")
     print(f"{task.model.count():,} parameters, {kind}", file=sys.stderr)
     if task.continues and task.manner.unheeded:
@@ -59,6 +64,7 @@ def generate(
     min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
+    adapter: Adapter = None,
     dtype: Dtype = None,
     as_json: As_json = False,
 ) -> None:
@@ -66,7 +72,7 @@ def generate(
     prompt = piped() if prompt == "-" else prompt
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampled(asked)  # refuses what cannot be before a model is opened
-    task = opened(model, dtype)
+    task = opened(model, dtype, adapter)
     search = sampled(asked, task.manner.search)
     ids = task.encode(prompt)
     pieces = task.stream(ids, search, tokens=tokens, stop=stop or [])
@@ -85,6 +91,7 @@ def chat(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
+    adapter: Adapter = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk with a model in its own chat template; an empty line or Ctrl-D ends. Piped in, each line is a message."""
@@ -92,7 +99,7 @@ def chat(
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampled(asked)  # refuses what cannot be before a model is opened
-    task = opened(model, dtype)
+    task = opened(model, dtype, adapter)
     talk = Chat(task, system, sampled(asked, task.manner.search))
     while True:
         if sys.stdin.isatty():
@@ -109,6 +116,7 @@ def embed(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the vectors as a NumPy array (.npy).")] = None,
     similarity: Annotated[bool, typer.Option(help="Print the cosine of each text with each.")] = False,
     batch: Annotated[int, typer.Option(help="So many texts side by side.")] = 32,
+    adapter: Adapter = None,
     dtype: Dtype = None,
 ) -> None:
     """Turn texts into vectors: JSON lines, a NumPy array, or how alike the texts are."""
@@ -118,7 +126,7 @@ def embed(
     if out is not None and out.suffix != ".npy":
         raise QkvError(f"the vectors are written as a NumPy array: name a file that ends in .npy, not {out}")
     texts = lines(file)
-    task = opened(model, dtype)
+    task = opened(model, dtype, adapter)
     vectors = vectors_of(task, texts, batch=batch, cut=True)
     if out is not None:
         import numpy
@@ -139,13 +147,14 @@ def fill(
     model: Model,
     text: Annotated[str, typer.Argument(help="A text with mask tokens, such as: Paris is the [MASK] of France.")],
     best: Annotated[int, typer.Option(help="So many candidates for each mask.")] = 5,
+    adapter: Adapter = None,
     dtype: Dtype = None,
     as_json: As_json = False,
 ) -> None:
     """Say what fits best in place of each mask token."""
     import math
 
-    task = opened(model, dtype)
+    task = opened(model, dtype, adapter)
     for number, found in enumerate(task.candidates(text, best), 1):
         if as_json:
             values = [{"text": one.text, "probability": math.exp(one.score)} for one in found]
@@ -161,6 +170,7 @@ def score(
         int | None, typer.Option(help="Tokens that the model sees at once; 1,024, or all it takes.")
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next; half of the context.")] = None,
+    adapter: Adapter = None,
     dtype: Dtype = None,
     as_json: As_json = False,
 ) -> None:
@@ -173,7 +183,7 @@ def score(
         raise QkvError(f"{file} is not UTF-8 (byte {fault.start + 1}); save it as UTF-8") from None
     except OSError as fault:
         raise QkvError(f"{file} cannot be read: {fault.strerror}") from None
-    found = scored(opened(model, dtype), text, context=context, stride=stride)
+    found = scored(opened(model, dtype, adapter), text, context=context, stride=stride)
     values = {
         "perplexity": found.perplexity, "nats_per_token": found.nats / found.tokens,
         "bits_per_byte": found.bits_per_byte, "tokens": found.tokens,
