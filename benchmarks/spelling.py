@@ -30,7 +30,7 @@ def main() -> None:
     run = (
         Run(options.out)
         if options.out.exists()
-        else start(load_recipe(find("speak"), options.settings), options.out, data)
+        else start(load_recipe(find("speak"), ["train.precision=bf16", *options.settings]), options.out, data)
     )
     if not run.metrics() or run.metrics()[-1]["step"] < run.recipe.train.steps:
         run = Trainer(run).train()

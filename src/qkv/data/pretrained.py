@@ -4,6 +4,7 @@
     vocab.txt                            WordPiece, as BERT has it
     vocab.json and merges.txt            byte pairs on bytes, as GPT-2, RoBERTa and Qwen2 have them
     spiece.model, tokenizer.model, …     SentencePiece: T5, ALBERT, XLM-R (whose ids are moved), LLaMA, Gemma
+    source.spm, target.spm, vocab.json   SentencePiece for each side, and the ids of its pieces: Marian
 
 Nothing of a checkpoint is run, and nothing is trusted: a file that is too long, not what its name says or at odds with
 another raises QkvError. Imports no torch.
@@ -12,15 +13,16 @@ another raises QkvError. Imports no torch.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from qkv.data.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, SentencePiece, mark, of_pieces, read_model
-from qkv.data.tokenizer import Tokenizer, library_errors
+from qkv.data.tokenizer import Encoded, Tokenizer, library_errors
 from qkv.errors import QkvError
 from qkv.spec import nearest
 
@@ -29,30 +31,18 @@ _LONGEST_JSON, _LONGEST, _LONGEST_CONFIG = 64_000_000, 16_000_000, 4_000_000
 
 # The keys of tokenizer_config.json for a role, the first that is set counts; then how it is spelt where no key stands.
 _KEYS = {
-    "pad": ("pad_token",),
-    "unknown": ("unk_token",),
-    "begin": ("bos_token", "cls_token"),
-    "end": ("eos_token", "sep_token"),
-    "mask": ("mask_token",),
-}
+    "pad": ("pad_token",), "unknown": ("unk_token",), "begin": ("bos_token", "cls_token"),
+    "end": ("eos_token", "sep_token"), "mask": ("mask_token",),
+}  # fmt: skip
 _USUAL = {
-    "pad": ("<pad>", "[PAD]"),
-    "unknown": ("<unk>", "[UNK]"),
-    "begin": ("<s>", "[CLS]", "<bos>", "<|endoftext|>"),
-    "end": ("</s>", "[SEP]", "<eos>", "<|endoftext|>"),
-    "mask": ("<mask>", "[MASK]"),
-}
+    "pad": ("<pad>", "[PAD]"), "unknown": ("<unk>", "[UNK]"), "begin": ("<s>", "[CLS]", "<bos>", "<|endoftext|>"),
+    "end": ("</s>", "[SEP]", "<eos>", "<|endoftext|>"), "mask": ("<mask>", "[MASK]"),
+}  # fmt: skip
 # What a tokenizer without tokenizer.json is, by its class; the words Tokenizer and Fast are left off.
 _WORDPIECE = {"Bert", "DistilBert", "Electra"}
 _BYTES = {"GPT2": "gpt-2", "CodeGen": "gpt-2", "Roberta": "gpt-2", "Bart": "gpt-2", "Qwen2": "qwen2"}
-_SENTENCEPIECE = {
-    "T5": "t5",
-    "MT5": "t5",
-    "Albert": "albert",
-    "XLMRoberta": "xlm-r",
-    "Llama": "llama",
-    "Gemma": "llama",
-}
+_SENTENCEPIECE = {"T5": "t5", "MT5": "t5", "Albert": "albert", "XLMRoberta": "xlm-r"}
+_SENTENCEPIECE |= dict.fromkeys(("Llama", "Gemma"), "llama")
 _SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 # What a prompt looks like, one text and two; the numbers are segments.
@@ -61,8 +51,11 @@ _ROBERTA = ("begin $A end", "begin $A end end $B end")
 _T5 = ("$A end", "$A end $B end")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, with its chat templates; QkvError where it has none or a bad one."""
+def load_tokenizer(folder: Path, side: Literal["source", "target"] = "source") -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, with its chat templates; QkvError where it has none or a bad one.
+
+    `side` counts where each side has its own, which is where there is a target.spm.
+    """
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     code = config.get("auto_map")
     if isinstance(code, dict) and "AutoTokenizer" in code:
@@ -71,6 +64,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     with library_errors(f"{folder}: its tokenizer cannot be read"):
         try:
+            if (folder / "target.spm").is_file():
+                return _marian(folder, config, side)
             library = _library(folder, config)
             _add_tokens(library, folder, config)
             roles = _roles(library, config)
@@ -79,11 +74,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             if told and not (folder / "tokenizer.json").is_file():  # which says itself what stands around a text
                 begin = roles.get("begin") if config.get("add_bos_token") else None
                 _frame(library, *_plain(begin, roles.get("end") if config.get("add_eos_token") else None))
-            ends = _json(folder / "generation_config.json").get("eos_token_id")
-            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-            if not all(type(i) is int for i in ends):
-                raise QkvError(f"generation_config.json says eos_token_id = {str(ends)[:80]}, which are no ids")
-            return Tokenizer(library, roles, ends=ends, templates=_templates(folder, config))
+            return Tokenizer(library, roles, ends=_ends(folder), templates=_templates(folder, config))
         except QkvError as fault:
             raise fault if str(folder) in str(fault) else QkvError(f"{folder}: {fault}") from None
 
@@ -143,11 +134,11 @@ def _text(path: Path, longest: int = _LONGEST) -> str:
         raise QkvError(f"{path} is not UTF-8") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, longest: int = _LONGEST_CONFIG) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
     if not path.is_file():
         return {}
-    text = _text(path, _LONGEST_CONFIG)
+    text = _text(path, longest)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as fault:
@@ -155,6 +146,14 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise QkvError(f"{path} holds no JSON object")
     return found
+
+
+def _ends(folder: Path) -> list[int]:
+    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(i) is int for i in ends):
+        raise QkvError(f"generation_config.json says eos_token_id = {str(ends)[:80]}, which are no ids")
+    return ends
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -241,7 +240,7 @@ def _plain(begin: int | None, end: int | None) -> tuple[str, str, int | None, in
 
 
 def _wordpiece(vocabulary: dict[str, int], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    spelt = {role: _token(config.get(key) or usual, key).content for role, key, usual in _BERT_TOKENS}
+    spelt = {role: _token(config.get(key) or _USUAL[role][1], key).content for role, (*_, key) in _KEYS.items()}
     library = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=spelt["unknown"]))
     accents = config.get("strip_accents")
     library.normalizer = normalizers.BertNormalizer(
@@ -255,14 +254,6 @@ def _wordpiece(vocabulary: dict[str, int], config: Mapping[str, Any]) -> tokeniz
     _frame(library, *_BERT, vocabulary.get(spelt["begin"]), vocabulary.get(spelt["end"]))
     return library
 
-
-_BERT_TOKENS = (
-    ("pad", "pad_token", "[PAD]"),
-    ("unknown", "unk_token", "[UNK]"),
-    ("begin", "cls_token", "[CLS]"),
-    ("end", "sep_token", "[SEP]"),
-    ("mask", "mask_token", "[MASK]"),
-)
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -317,12 +308,7 @@ def _sentencepiece(
         # A comma after a digit is a piece of its own.
         pieces = [(t, score - 100 if re.search(r"\d,\Z", t) else score, kind) for t, score, kind in pieces]
         pieces = [(t, score, UNUSED if t == "[MASK]" else kind) for t, score, kind in pieces]
-    prefix = "never" if not model.add_dummy_prefix else "first" if config.get("legacy") is False else "always"
-    library = of_pieces(pieces, prefix, model.unigram)
-    steps += [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-    if model.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    library.normalizer = normalizers.Sequence([*steps, library.normalizer])
+    library = _reading(model, pieces, "first" if config.get("legacy") is False else "always", steps)
     ids = _roles(library, config)
     if kind in ("albert", "xlm-r") and "mask" in ids:
         library.add_special_tokens([AddedToken(library.id_to_token(ids["mask"]), lstrip=True)])
@@ -331,6 +317,74 @@ def _sentencepiece(
     else:
         _frame(library, *{"t5": _T5, "albert": _BERT, "xlm-r": _ROBERTA}[kind], ids.get("begin"), ids.get("end"))
     return library
+
+
+def _reading(
+    model: SentencePiece, pieces: list[tuple[str, float, int]], prefix: str, steps: list[normalizers.Normalizer]
+) -> tokenizers.Tokenizer:
+    """These pieces, for texts that are normalised in these steps and then as the model says."""
+    library = of_pieces(pieces, prefix if model.add_dummy_prefix else "never", model.unigram)
+    steps = [*steps, normalizers.Precompiled(model.charsmap)] if model.charsmap else [*steps]
+    if model.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    library.normalizer = normalizers.Sequence([*steps, library.normalizer])
+    return library
+
+
+def _marian(folder: Path, config: Mapping[str, Any], side: str) -> Tokenizer:
+    """The side's own model cuts a text; vocab.json, most often one for both sides, has the ids of the pieces."""
+    own = side == "target" and config.get("separate_vocabs") is True
+    table = folder / ("target_vocab.json" if own else "vocab.json")
+    ids = _json(table, _LONGEST)
+    if set(map(type, ids.values())) != {int} or sorted(ids.values()) != list(range(len(ids))):
+        raise QkvError(f"{table} must give the pieces the ids 0, 1, 2, …, each once")
+    with library_errors(f"{folder / side}.spm is no SentencePiece model, or not all of one"):
+        model = read_model(_content(folder / f"{side}.spm", _LONGEST))
+    known = ("pad", "unknown", "end")
+    spelt = {role: _token(config.get(_KEYS[role][0]) or _USUAL[role][0], role).content for role in known}
+    if not ids.keys() >= set(spelt.values()):
+        raise QkvError(f"{table} lacks one of the tokens {', '.join(spelt.values())}")
+    placed = {piece[0]: piece for piece in model.pieces if piece[2] not in (UNKNOWN, CONTROL, UNUSED)}
+    more = [piece for text, piece in placed.items() if text not in ids]
+    codes = [text for text in ids if side == "source" and re.fullmatch(">>.+<<", text)]  # languages to translate into
+    placed |= {text: (text, 0.0, UNUSED) for text in codes}
+    placed |= {text: (text, 0.0, UNKNOWN if role == "unknown" else CONTROL) for role, text in spelt.items()}
+    others = {text: i for text, i in ids.items() if text not in placed}
+    # No text has a space left when it is cut, so no cut finds the pieces that this side's model lacks.
+    placed |= {text: (f" {text}", 0.0, UNUSED) for text in others}
+    library = _reading(model, [*(placed[text] for text in sorted(ids, key=ids.__getitem__)), *more], "always", [])
+    library.add_tokens([AddedToken(text, normalized=False) for text in codes])
+    around = decoders.Replace(Regex(r"\A\s+|\s+\z"), "")
+    library.decoder = decoders.Sequence([decoders.Replace(" ", ""), library.decoder, around])
+    _frame(library, "$A end", "$A $B:1 end:1", end=ids[spelt["end"]])
+    return _Side(library, {role: ids[text] for role, text in spelt.items()}, _ends(folder), len(ids), others)
+
+
+class _Side(Tokenizer):
+    """A tokenizer whose model and whose table of `size` ids do not have the same pieces."""
+
+    def __init__(
+        self, library: tokenizers.Tokenizer, roles: dict[str, int], ends: list[int], size: int, others: dict[str, int]
+    ) -> None:
+        super().__init__(library, roles, ends=ends)
+        self.size, self._others = size, others
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.prompt(text).ids[:-1] for text in texts]  # all but the end
+
+    def prompt(self, text: str, pair: str | None = None) -> Encoded:
+        found, texts = super().prompt(text, pair), (text, pair or "")
+        spans = zip(found.ids, found.segments, found.offsets, strict=True)
+        return replace(found, ids=[self._known(i, texts[side][slice(*span)]) for i, side, span in spans])
+
+    def parse(self, text: str) -> list[int]:
+        return [self._known(i) for i in super().parse(text)]
+
+    def _known(self, i: int, text: str = "") -> int:
+        """The id, or what the table says of a piece: letters that this side's model lacks may be the other side's."""
+        if i == self.unknown:
+            return self._others.get(self._library.normalizer.normalize_str(text).removeprefix("▁"), i)
+        return i if i < self.size else self.unknown
 
 
 # --- GGUF and llama2.c ----------------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ def open_published(path: Path, dtype: torch.dtype | None = None) -> Task:
     """The model of a directory or file that others published, its tokenizer, and how it wants to be used."""
     source = opened(path, dtype)
     tokenizer, wanted = tokenizer_of(source), manner(source)
-    task = Task(load_published(source, dtype), Tokenizers(tokenizer, tokenizer), wanted)
+    own = (source.path / "target.spm").is_file()
+    target = load_tokenizer(source.path, "target") if own else tokenizer
+    task = Task(load_published(source, dtype), Tokenizers(tokenizer, target), wanted)
     rows = len(task.model.wiring.embed.table)
     if task.pairs and not all(0 <= i < rows for i in wanted.begin):
         raise QkvError(f"{path} says that an answer begins with the tokens {wanted.begin}; the model has {rows}")
