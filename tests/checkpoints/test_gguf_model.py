@@ -304,7 +304,10 @@ def cuts(pattern: str) -> dict[str, Any]:
 
 
 def test_a_tokenizer_json_becomes_metadata(tmp_path: Path) -> None:
-    frame = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    frame = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "first"}}, {"Sequence": {"id": "A"}}],
+        "special_tokens": {"first": {"id": "first", "ids": [3], "tokens": ["<s>"]}},
+    }  # fmt: skip
     found = tokenizer_metadata(
         pairs(LEVEL, post_processor={"type": "Sequence", "processors": [LEVEL, frame]}),
         {"bos_token": {"content": "<s>"}, "eos_token": "<s>", "unk_token": None, "chat_template": "{{ x }}"},
@@ -326,7 +329,7 @@ def test_a_tokenizer_json_becomes_metadata(tmp_path: Path) -> None:
     assert found["tokenizer.chat_template"] == "x" and found["tokenizer.chat_template.tool_use"] == "y"
     assert found["tokenizer.chat_templates"] == ["tool_use"] and found["tokenizer.ggml.add_bos_token"]
     for bad in (pairs(cuts("x")), pairs(None), {**pairs(LEVEL), "model": {"type": "WordPiece"}}):
-        with pytest.raises(QkvError, match="give tokenizer_metadata yourself"):
+        with pytest.raises(QkvError, match="which is none of GGUF's kinds that are written here"):
             tokenizer_metadata(bad)
     with pytest.raises(QkvError, match="the id 5, and the model only 4 rows"):
         tokenizer_metadata(pairs(LEVEL), size=4)

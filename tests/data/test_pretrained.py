@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from qkv.checkpoints.gguf_export import tokenizer_metadata
 from qkv.data.pretrained import load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
 from qkv.data.tokenizer import Tokenizer
 from qkv.errors import QkvError
@@ -354,6 +355,20 @@ def test_gguf_of_sentencepiece(prefix: bool) -> None:
     assert tokenizer.parse("<s>a</s>") == [1, *reference.encode("a"), 2]
     if prefix:  # as in llama.cpp, what follows a special token begins anew
         assert tokenizer.parse("a</s>b") == [*reference.encode("a"), 2, *reference.encode("b")]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_goes_back_into_gguf(prefix: bool, tmp_path: Path) -> None:
+    keys, reference = gguf_pieces(add_space_prefix=prefix)
+    tokenizer_from_gguf(keys).save(tmp_path)
+    said = [json.loads((tmp_path / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")]
+    back = tokenizer_metadata(*said, size=len(keys["tokenizer.ggml.tokens"]) + 3)
+    kinds = keys["tokenizer.ggml.token_type"]
+    assert back["tokenizer.ggml.tokens"][:-3] == keys["tokenizer.ggml.tokens"]
+    assert back["tokenizer.ggml.token_type"] == [*kinds, 5, 5, 5]
+    assert back["tokenizer.ggml.add_bos_token"] and back["tokenizer.ggml.add_space_prefix"] is prefix
+    again = tokenizer_from_gguf(back)
+    assert [text for text in HARD if again.prompt(text).ids != [1, *reference.encode(text)]] == []
 
 
 def test_merges_from_scores_are_exact() -> None:

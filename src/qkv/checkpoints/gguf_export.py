@@ -1,6 +1,7 @@
 """Back out to GGUF, for llama.cpp."""
 
 import dataclasses as dc
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,11 +28,13 @@ from qkv.spec import Change, diff, nearest
 from qkv.zoo.config import Config
 from qkv.zoo.gguf import (
     ALWAYS_F32,
+    BYTE,
     CONTROL,
     CUTS,
     FILE_TYPES,
     NORMAL,
     SPECIAL,
+    UNKNOWN,
     UNUSED,
     USER_DEFINED,
     Architecture,
@@ -281,17 +284,19 @@ def tokenizer_of(model: Module, size: int) -> dict[str, Any] | None:
 def tokenizer_metadata(
     tokenizer: Mapping[str, Any], config: Mapping[str, Any] | None = None, size: int | None = None
 ) -> dict[str, Any]:
-    """The keys `tokenizer.*` of a tokenizer.json that pairs bytes, as GPT-2, Llama 3, Qwen and SmolLM have it.
+    """The keys `tokenizer.*` of a tokenizer.json that pairs bytes, as GPT-2, Llama 3, Qwen and SmolLM have it, or
+    SentencePiece's pieces, as LLaMA 2, Mistral and Gemma.
 
     `config` is the tokenizer_config.json beside it, which names the special tokens and holds the chat template; ids up
     to the model's `size` that have no token get one that no text holds. Raises QkvError for another kind of tokenizer.
     """
     config, cuts = config or {}, tuple(cut(step) for step in steps(tokenizer.get("pre_tokenizer")))
-    if tokenizer["model"].get("type") != "BPE" or cuts not in CUTS:
+    sentencepiece = tokenizer["model"].get("type") == "BPE" and tokenizer["model"].get("byte_fallback") is True
+    if not sentencepiece and (tokenizer["model"].get("type") != "BPE" or cuts not in CUTS):
         kind, known = tokenizer["model"].get("type"), ", ".join(sorted(set(CUTS.values())))
         raise QkvError(
             f"tokenizer.json is a {kind} tokenizer that cuts text by {cuts}, which is none of GGUF's kinds that are "
-            f"written here, {known}: give tokenizer_metadata yourself"
+            f"written here, {known} and SentencePiece's"
         )
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
     tokens = {i: text for text, i in tokenizer["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
@@ -301,19 +306,42 @@ def tokenizer_metadata(
     ids = {text: i for i, text in tokens.items()}
     kinds = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
     named = {role: ids.get(spelt(config.get(f"{role}_token"))) for role in SPECIAL}
-    begins, ends = framed(tokenizer.get("post_processor"), tokens, named)
+    begins, ends = framed(tokenizer.get("post_processor"), named)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    if sentencepiece:
+        kinds |= {i: BYTE for i, text in tokens.items() if re.fullmatch("<0x[0-9A-F]{2}>", text)}
+        kinds |= {i: UNKNOWN for text, i in ids.items() if text == tokenizer["model"].get("unk_token")}
+        how = {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.scores": scores(merges, ids, size),
+            "tokenizer.ggml.add_space_prefix": begins_with_space(tokenizer),
+        }
+    else:
+        how = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": CUTS[cuts], "tokenizer.ggml.merges": merges}
     return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": CUTS[cuts],
+        **how,
         "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
         "tokenizer.ggml.token_type": [kinds.get(i, NORMAL if i in tokens else UNUSED) for i in range(size)],
-        "tokenizer.ggml.merges": merges,
         **{f"tokenizer.ggml.{SPECIAL[role]}_token_id": i for role, i in named.items() if i is not None},
         "tokenizer.ggml.add_bos_token": config.get("add_bos_token", begins) is True,
         "tokenizer.ggml.add_eos_token": config.get("add_eos_token", ends) is True,
         **templates(config.get("chat_template")),
     }
+
+
+def scores(merges: list[str], ids: Mapping[str, int], size: int) -> list[float]:
+    """SentencePiece joins the neighbours whose piece has the highest score: the earlier a merge, the higher."""
+    found: dict[int, float] = {}
+    for rank, merge in enumerate(merges):
+        found.setdefault(ids.get(merge.replace(" ", ""), -1), -float(rank))
+    return [found.get(i, -float(len(merges))) for i in range(size)]
+
+
+def begins_with_space(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a text is read as if a space stood before it."""
+    normalizer = tokenizer.get("normalizer") or {}
+    parts = [*normalizer.get("normalizers", [normalizer]), *steps(tokenizer.get("pre_tokenizer"))]
+    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") in ("always", "first") for part in parts)
 
 
 def steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -334,14 +362,13 @@ def spelt(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def framed(processor: Any, tokens: Mapping[int, str], named: Mapping[str, Any]) -> tuple[bool, bool]:
+def framed(processor: Any, named: Mapping[str, Any]) -> tuple[bool, bool]:
     """Whether texts get a begin and an end."""
-    every = processor.get("processors", [processor]) if processor else []
-    for one in every:
+    for one in processor.get("processors", [processor]) if processor else []:
         if one["type"] == "TemplateProcessing":
-            pieces = [piece.get("SpecialToken", {}).get("id") for piece in one["single"]]
-            begin, end = (tokens.get(-1 if named[role] is None else named[role]) for role in ("bos", "eos"))
-            return begin is not None and pieces[0] == begin, end is not None and pieces[-1] == end
+            special = {name: token["ids"] for name, token in one["special_tokens"].items()}
+            pieces = [special.get(piece.get("SpecialToken", {}).get("id")) for piece in one["single"]]
+            return pieces[0] == [named["bos"]], pieces[-1] == [named["eos"]]
     return False, False
 
 
