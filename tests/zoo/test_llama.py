@@ -46,9 +46,11 @@ def test_values_searches_and_exports_are_those_of_transformers(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize(
+    "head", ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
+)
 def test_other_heads_too(kind: str, head: str, tmp_path: Path) -> None:
-    config = getattr(tf, f"{kind}Config")(**SIZED, num_labels=5)
+    config = getattr(tf, f"{kind}Config")(**SIZED, num_labels=2 if head == "ForQuestionAnswering" else 5)
     theirs = rough(getattr(tf, f"{kind}{head}")(config))
     ours = check_values(theirs, tmp_path / "in")
     check_export(theirs, ours, tmp_path / "out")

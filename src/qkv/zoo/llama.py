@@ -3,6 +3,7 @@
 from typing import Any
 
 from qkv.models import Sequence
+from qkv.parts import Span
 from qkv.zoo.config import Config
 from qkv.zoo.decoder import attention, decoder, sized
 from qkv.zoo.registry import family, preset
@@ -23,7 +24,12 @@ NAMES = """
 """
 
 
-@family("llama", names=NAMES, prefix="model.")
+def names(spec: Sequence) -> str:
+    """Models that find answers call their body `transformer`."""
+    return NAMES.replace(" model.", " transformer.") if isinstance(spec.head, Span) else NAMES
+
+
+@family("llama", names=names, prefix="model.")
 def llama(c: Config) -> Sequence:
     """LLaMA 1 to 3, SmolLM2 and others that say so."""
     c.only("mlp_bias", False)

@@ -7,17 +7,17 @@ from qkv.models import Sequence
 from qkv.parts import RMSNorm
 from qkv.zoo.config import Config
 from qkv.zoo.decoder import attention, decoder, layer_types, sized, window
-from qkv.zoo.llama import NAMES
+from qkv.zoo.llama import names
 from qkv.zoo.registry import family, preset
 
 
-@family("qwen2", names=NAMES, prefix="model.")
+@family("qwen2", names=names, prefix="model.")
 def qwen2(c: Config) -> Sequence:
     """Qwen2: queries, keys and values have biases (Yang 2024)."""
     return decoder(c, [attention(c, bias="qkv", mask=mask) for mask in windows(c)])
 
 
-@family("qwen3", names=NAMES, prefix="model.")
+@family("qwen3", names=names, prefix="model.")
 def qwen3(c: Config) -> Sequence:
     """Qwen3: queries and keys are normalised, head by head (Yang 2025)."""
     norm, bias = RMSNorm(c.number("rms_norm_eps", 1e-6)), c.flag("attention_bias", False)
