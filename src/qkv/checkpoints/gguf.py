@@ -51,7 +51,7 @@ LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65_535, 64, 4
 
 # What no sound file reaches, so that a hostile one costs little: the largest vocabulary known, of 262,144 tokens with
 # their scores, types and merges, is 1.3 million values in 18 MB.
-MOST_ENTRIES, MOST_VALUES, LONGEST_HEADER = 65_536, 2_000_000, 48_000_000
+MOST_ENTRIES, MOST_VALUES, LONGEST_HEADER = 65_536, 1_700_000, 48_000_000
 
 
 @dataclass(frozen=True)
