@@ -36,7 +36,7 @@ class Directory:
         self.config: dict[str, Any] = read_table(folder / CONFIG)
         self.file_of: dict[str, Any] = {}
         said = self.index()
-        files = {name: self.opened(folder / name) for name in sorted(set(said.values())) or [SINGLE]}
+        files = {name: self.mapped(folder / name) for name in sorted(set(said.values())) or [SINGLE]}
         for name, file in files.items():
             for key in list(file.keys()):
                 if said.get(key, name) != name or key in self.file_of:
@@ -67,7 +67,8 @@ class Directory:
             raise QkvError(f"{self.path / INDEX} names files outside of its folder")
         return names
 
-    def opened(self, path: Path) -> Any:
+    def mapped(self, path: Path) -> Any:
+        """A file of weights whose header is sound."""
         if not path.is_file():
             raise QkvError(f"{path} does not exist: the folder is incomplete, copy it again")
         try:

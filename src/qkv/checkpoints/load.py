@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from qkv.checkpoints.directory import Directory
+from qkv.checkpoints.directory import CONFIG, Directory
 from qkv.checkpoints.names import Plan, parse, plan, read
 from qkv.checkpoints.sentence import vector_head
 from qkv.checkpoints.weights import empty
@@ -67,15 +67,11 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
     Tensors that are used as they stand stay mapped from the file. Every key of the configuration and every tensor is
     accounted for, and every parameter filled: else `QkvError`.
     """
-    keys, where = ((), source.path) if isinstance(source, Foreign) else (source.keys, source.path / "config.json")
-    spec = spec_from(source.config, keys, str(where))
-    pooled = vector_head(source.path)
-    if pooled is not None and isinstance(spec, Sequence) and spec.head is None:
-        spec = edit(spec, "head", pooled)
+    spec = described(source)
     try:
         model = empty(spec)
     except QkvError as fault:
-        raise QkvError(f"{where}: {fault}") from None
+        raise QkvError(f"{told_by(source)}: {fault}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     table, made = matched(source, spec, shapes)
     wanted = dtype or source.dtype
@@ -86,6 +82,20 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
     model.load_state_dict(tensors, assign=True)
     model.origin = Origin(source, spec, table, made)
     return model.eval()
+
+
+def described(source: Source) -> Model:
+    """The spec of a checkpoint's model; no weight is read."""
+    spec = spec_from(source.config, () if isinstance(source, Foreign) else source.keys, str(told_by(source)))
+    pooled = vector_head(source.path)
+    if pooled is not None and isinstance(spec, Sequence) and spec.head is None:
+        spec = edit(spec, "head", pooled)
+    return spec
+
+
+def told_by(source: Source) -> Path:
+    """The file that a fault of the configuration lies in."""
+    return source.path if isinstance(source, Foreign) else source.path / CONFIG
 
 
 def numbers(source: Source, key: str) -> Tensor:

@@ -109,7 +109,7 @@ def inspect(
 
 def spec_of(name: str) -> "Model":
     """The model spec of a run, a recipe, a preset or a checkpoint; no weight is read."""
-    from qkv.checkpoints.load import Foreign
+    from qkv.checkpoints.load import described
     from qkv.checkpoints.opening import opened
     from qkv.checkpoints.packages import PACKAGES
     from qkv.checkpoints.pull import resolve
@@ -119,7 +119,7 @@ def spec_of(name: str) -> "Model":
     from qkv.spec import load, nearest
     from qkv.train import Run, load_recipe
     from qkv.train.run import RUN
-    from qkv.zoo import PRESETS, spec_from
+    from qkv.zoo import PRESETS
     from qkv.zoo import spec_of as preset
 
     if (Path(name) / RUN).is_file():
@@ -134,8 +134,7 @@ def spec_of(name: str) -> "Model":
     if not Path(name).exists() and name not in PACKAGES and not name.startswith("hf:"):
         known = [*PRESETS, *shipped(), *PACKAGES]
         raise QkvError(f"{name!r} is no run, recipe, preset, file or name to pull{nearest(name, known)}")
-    source = opened(resolve(name))
-    return spec_from(source.config, () if isinstance(source, Foreign) else source.keys, str(source.path))
+    return described(opened(resolve(name)))
 
 
 def demo(

@@ -27,7 +27,7 @@ def tag(task: Task, text: str) -> list[Tag]:
     if head is None or not isinstance(head.spec, Tagger):
         raise QkvError("only a model whose head classifies tokens tags a text; `qkv inspect` shows what it has")
     read = task.source.prompt(text)
-    scores, classes = judged(task, read).log_softmax(-1).max(-1)
+    scores, classes = per_token(task, read).log_softmax(-1).max(-1)
     found = zip(read.offsets, read.specials, scores.tolist(), classes.tolist(), strict=True)
     return [
         Tag(text[start:end], head.spec.labels[label], score, start, end)
@@ -47,7 +47,7 @@ def extract(task: Task, question: str, context: str) -> Prediction:
     inside = [n for n, special in enumerate(read.specials) if not special][asked:]
     if not inside:
         raise QkvError("the context is empty: there is nothing to find an answer in")
-    start, end = judged(task, read)[inside].log_softmax(0).unbind(-1)
+    start, end = per_token(task, read)[inside].log_softmax(0).unbind(-1)
     best, first = start.cummax(0)  # for each last token the best first one before it
     last = int((best + end).argmax())
     places = inside[int(first[last])], inside[last]
@@ -55,7 +55,7 @@ def extract(task: Task, question: str, context: str) -> Prediction:
     return Prediction(context[begin:stop], float((best + end)[last]), read.ids[places[0] : places[1] + 1])
 
 
-def judged(task: Task, read: Encoded) -> torch.Tensor:
+def per_token(task: Task, read: Encoded) -> torch.Tensor:
     """What the head says of each token: T labels."""
     given = {"segments": torch.tensor([read.segments], device=task.model.device)}
     return task.judged([task.fit(read.ids)], **(given if any(read.segments) else {}))[0]

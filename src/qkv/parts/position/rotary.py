@@ -20,9 +20,8 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]
 class Rotary(Position):
     """Turns each pair (x_i, x_{i+K/2}) of a query or key by the angle t θ^(−2i/K), so that scores depend on distance.
 
-    Su 2021 (RoFormer). `fraction` < 1 turns only the first part of each head, whose width is then K (GPT-NeoX);
-    `scaling` changes the rates θ^(−2i/K) for texts longer than those trained on. In a config.json `theta` is
-    `rope_theta`, and `fraction` is `partial_rotary_factor` (GPT-NeoX: `rotary_emb_base` and `rotary_pct`).
+    Su 2021 (RoFormer). `fraction` < 1 turns only the first part of each head, whose width is then K; `scaling` changes
+    the rates θ^(−2i/K) for texts longer than those trained on.
     """
 
     theta: float = 10000.0
