@@ -268,8 +268,15 @@ def test_broken_files_are_refused(llama: Path) -> None:
     refused(llama, "is a pickle")
     path.with_suffix(".bin").unlink()
     refused(llama, "does not exist")
-    (llama / "adapter" / "adapter_config.json").write_text("[]")
-    refused(llama, "no table of keys")
+    config = llama / "adapter" / "adapter_config.json"
+    sound = config.read_text()
+    for content, said in {
+        "[]": "no table of keys",
+        sound.replace("{", '{"r": 1,', 1): "gives the key 'r' twice",
+        " " * 2**24 + sound: "is longer than 16,777,216 bytes",
+    }.items():
+        config.write_text(content)
+        refused(llama, said)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers as tf
@@ -14,14 +15,17 @@ from transformers import PreTrainedModel
 
 from qkv.checkpoints.export import save_pretrained
 from qkv.checkpoints.gguf import GGUF
-from qkv.checkpoints.gguf_export import save_gguf, tokenizer_metadata
-from qkv.checkpoints.gguf_model import GGUFModel, load_gguf, load_llama2c
+from qkv.checkpoints.gguf_export import save_gguf
+from qkv.checkpoints.gguf_model import GGUFModel, load_gguf
 from qkv.checkpoints.gguf_write import Typed, write_gguf
+from qkv.checkpoints.llama2c_model import load_llama2c
 from qkv.checkpoints.load import load_directory
 from qkv.errors import QkvError
 from qkv.models import Module
 from qkv.ops.blocks.packed import Packed
-from qkv.zoo.gguf import WORDS
+from qkv.parts import Pool, Vector
+from qkv.spec import edit
+from tests.checkpoints.test_gguf_tokenizer import LEVEL, pairs
 from tests.zoo.parity import SIZES, VOCAB, relative, rough, texts
 
 ODD: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -274,65 +278,10 @@ def test_a_files_own_words_are_passed_on(tmp_path: Path) -> None:
     assert {key: value for key, value in after.items() if key.startswith("tokenizer.")} == tokens
     assert after["general.license"] == "mit" and after["general.name"] == before["general.name"] == "hf"
     assert after["general.file_type"] == 7
-    from gguf import GGUFReader, GGUFValueType
-
-    fields = GGUFReader(tmp_path / "b.gguf").fields
-    assert fields["tokenizer.ggml.token_type"].types == [GGUFValueType.ARRAY, GGUFValueType.INT32]
-    assert fields["tokenizer.ggml.scores"].types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]
-    assert fields["llama.block_count"].types == [GGUFValueType.UINT32]
-
-
-def pairs(pre_tokenizer: dict[str, Any] | None, **others: Any) -> dict[str, Any]:
-    """A small tokenizer.json."""
-    return {
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-        "pre_tokenizer": pre_tokenizer,
-        "added_tokens": [
-            {"id": 3, "content": "<s>", "special": True},
-            {"id": 5, "content": "<think>", "special": False},
-        ],
-        **others,
-    }
-
-
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-
-
-def cuts(pattern: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**LEVEL, "use_regex": False}]}
-
-
-def test_a_tokenizer_json_becomes_metadata(tmp_path: Path) -> None:
-    frame = {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "first"}}, {"Sequence": {"id": "A"}}],
-        "special_tokens": {"first": {"id": "first", "ids": [3], "tokens": ["<s>"]}},
-    }  # fmt: skip
-    found = tokenizer_metadata(
-        pairs(LEVEL, post_processor={"type": "Sequence", "processors": [LEVEL, frame]}),
-        {"bos_token": {"content": "<s>"}, "eos_token": "<s>", "unk_token": None, "chat_template": "{{ x }}"},
-        size=7,
-    )
-    assert found == {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": ["a", "b", "ab", "<s>", "[PAD4]", "<think>", "[PAD6]"],
-        "tokenizer.ggml.token_type": [1, 1, 1, 3, 5, 4, 5], "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.bos_token_id": 3, "tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False, "tokenizer.chat_template": "{{ x }}",
-    }  # fmt: skip
-    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]}
-    named = {"smollm": digits, "llama-bpe": cuts(WORDS % "{1,3}"), "qwen2": cuts(WORDS % "")}
-    for name, pre_tokenizer in named.items():
-        assert tokenizer_metadata(pairs(pre_tokenizer))["tokenizer.ggml.pre"] == name
-    several = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]
-    found = tokenizer_metadata(pairs(LEVEL), {"chat_template": several, "add_bos_token": True})
-    assert found["tokenizer.chat_template"] == "x" and found["tokenizer.chat_template.tool_use"] == "y"
-    assert found["tokenizer.chat_templates"] == ["tool_use"] and found["tokenizer.ggml.add_bos_token"]
-    for bad in (pairs(cuts("x")), pairs(None), {**pairs(LEVEL), "model": {"type": "WordPiece"}}):
-        with pytest.raises(QkvError, match="which is none of GGUF's kinds that are written here"):
-            tokenizer_metadata(bad)
-    with pytest.raises(QkvError, match="the id 5, and the model only 4 rows"):
-        tokenizer_metadata(pairs(LEVEL), size=4)
+    fields, kinds = gguf.GGUFReader(tmp_path / "b.gguf").fields, gguf.GGUFValueType
+    assert fields["tokenizer.ggml.token_type"].types == [kinds.ARRAY, kinds.INT32]
+    assert fields["tokenizer.ggml.scores"].types == [kinds.ARRAY, kinds.FLOAT32]
+    assert fields["llama.block_count"].types == [kinds.UINT32]
 
 
 def test_the_tokenizer_beside_a_model_goes_with_it(tmp_path: Path) -> None:
@@ -342,6 +291,26 @@ def test_the_tokenizer_beside_a_model_goes_with_it(tmp_path: Path) -> None:
     assert save_gguf(ours, tmp_path / "m.gguf").tokenizer
     said = GGUF(tmp_path / "m.gguf").metadata
     assert len(said["tokenizer.ggml.tokens"]) == VOCAB and said["tokenizer.chat_template"] == "{{ hello }}"
+
+
+@pytest.mark.parametrize("take, number", [("mean", 1), ("first", 2), ("last", 3)])
+def test_what_makes_a_vector_of_a_text_goes_along(take: str, number: int, tmp_path: Path) -> None:
+    bert, pool = built(MODELS["bert"], tmp_path / "hf"), Vector(Pool(take))
+    model = edit(bert.spec, "head", pool).build().eval()
+    model.load_state_dict(bert.state_dict())
+    model.origin = bert.origin
+    save_gguf(model, tmp_path / "m.gguf", type="F32")
+    said = GGUF(tmp_path / "m.gguf").metadata
+    assert said["bert.pooling_type"] == number == getattr(gguf.PoolingType, {"first": "CLS"}.get(take, take.upper()))
+    assert said["bert.attention.causal"] is False and said["tokenizer.ggml.token_type_count"] == 2
+    back = load_gguf(tmp_path / "m.gguf")
+    assert back.spec.head == pool and torch.equal(back(texts()[0]), model(texts()[0]))
+    save_gguf(back, tmp_path / "again.gguf", type="F32")
+    assert GGUF(tmp_path / "again.gguf").metadata == said
+    model = edit(bert.spec, "head", Vector(Pool("max"))).build()
+    model.origin = bert.origin
+    with pytest.raises(QkvError, match="no form for vectors that are the max over"):
+        save_gguf(model, tmp_path / "max.gguf")
 
 
 # --- llama2.c ---

@@ -370,7 +370,7 @@ def test_joint_and_separate_tokenizers(tmp_path: Path) -> None:
         folder = tmp_path / str(own)
         tokenizers.save(folder)
         assert (folder / "target_tokenizer.json").exists() == (own is not None)
-        loaded = Tokenizers.load(folder, data)
+        loaded = Tokenizers.load(folder, joint=own is None)
         assert loaded.joint == tokenizers.joint
         assert loaded.target.encode("D AE T") == tokenizers.target.encode("D AE T")
 

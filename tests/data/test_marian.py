@@ -12,6 +12,7 @@ from tests.use.small import LINES, SENTENCES
 from tests.zoo.parity import rough
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 
+from qkv.checkpoints.directory import BESIDE
 from qkv.data.pretrained import load_tokenizer
 from qkv.errors import QkvError
 from qkv.train.run import open_task
@@ -115,6 +116,32 @@ def test_a_translation_is_that_of_transformers(tmp_path: Path) -> None:
         assert answer.ids == [i for i in wanted[1:] if i != 0]
         answers.add(answer.text)
     assert len(answers) > 1
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_side_that_is_saved_is_the_same(apart: bool, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    theirs = directory(tmp_path / "theirs", apart)
+    (tmp_path / "theirs" / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    texts = [*HARD, *GERMAN[:4], ">>fr<< Müller?"]
+    for side in ("source", "target"):
+        before = load_tokenizer(tmp_path / "theirs", side)
+        before.save(tmp_path / side)
+        after = load_tokenizer(tmp_path / side, side)
+        assert (after.size, after.ends, after.names) == (before.size, {0, 1}, before.names)
+        assert after.encode_batch(texts) == before.encode_batch(texts)
+        assert [after.parse(text) for text in texts] == [before.parse(text) for text in texts]
+        assert [after.decode([i]) for i in range(after.size)] == [before.decode([i]) for i in range(before.size)]
+        before.save(tmp_path / "both")
+        with pytest.raises(QkvError, match="source.json cannot hold a tokenizer whose ids stand in a table"):
+            before.save(tmp_path / "source.json")
+    assert {path.name for path in (tmp_path / "theirs").iterdir()} <= set(BESIDE)  # what a conversion takes along
+    both = MarianTokenizer.from_pretrained(tmp_path / "both")
+    assert both(texts)["input_ids"] == theirs(texts)["input_ids"]
+    assert both(text_target=texts)["input_ids"] == theirs(text_target=texts)["input_ids"]
+    with pytest.raises(QkvError, match="has the tokenizer of the other side alone: target.spm is expected"):
+        load_tokenizer(tmp_path / "source", "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "source", "target", "theirs"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from transformers import AutoTokenizer
 
 from qkv.checkpoints.gguf_export import tokenizer_metadata
-from qkv.data.pretrained import load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
+from qkv.data import load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
 from qkv.data.tokenizer import Tokenizer
 from qkv.errors import QkvError
 

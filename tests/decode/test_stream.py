@@ -1,6 +1,7 @@
 """One text that grows: the same ids as a search, the same numbers as a fresh run, the same text however it is cut."""
 
 import random
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -21,9 +22,9 @@ def ids(length: int, seed: int = 0) -> list[int]:
 
 
 def fresh(model: Module, text: list[int]) -> torch.Tensor:
-    """log p of the next token, without a state."""
+    """Scores of the next token, without a state."""
     with torch.inference_mode():
-        return model(torch.tensor([text]))[0, -1].float().log_softmax(-1)
+        return model(torch.tensor([text]))[0, -1].float()
 
 
 class Counting:
@@ -93,6 +94,39 @@ def test_only_what_is_new_is_fed(kind):
     assert count.take() == (14 if recurrent else 1)  # for whose next token log p is asked
     list(stream(model, [*base[:11], 1, 2, 3, 4], Greedy(), limit=6, session=session))
     assert count.take() == 1 + 5  # the last token is not read
+
+
+def test_a_step_does_not_look_back(monkeypatch):
+    module = import_module("qkv.decode.stream")  # the package's own `stream` is the function
+    looked, inner = [], module.shared
+    monkeypatch.setattr(module, "shared", lambda old, new: looked.append(len(new)) or inner(old, new))
+    model = rough(decoders()["mixer attention"])
+    session, prompt = Session(model), ids(5)
+    made = list(stream(model, prompt, Greedy(), limit=20, session=session))
+    assert looked == [5] and session.ids == [*prompt, *made[:-1]]
+    list(stream(model, [*prompt, *made], Greedy(), limit=5, session=session))
+    assert looked == [5, 25]
+
+
+@pytest.mark.parametrize("kind", ["mixer attention", "mixer mamba"])
+def test_streams_may_take_turns_with_one_session(kind):
+    model = rough(decoders()[kind])
+    prompts = [ids(6), [*ids(4), 1, 2, 3], ids(9, 1)]
+    wanted = [list(stream(model, prompt, Greedy(), limit=8)) for prompt in prompts]
+    session = Session(model)
+    running = [stream(model, prompt, Greedy(), limit=8, session=session) for prompt in prompts]
+    found = list(zip(*running, strict=True))
+    assert [list(row) for row in zip(*found, strict=True)] == wanted
+
+
+def test_more_begins_anew_where_there_is_no_room():
+    model, text = rough(decoders()["mixer attention"]), ids(20)
+    session = Session(model)
+    session.feed(text[:3])
+    for n in range(3, 20, 2):
+        found = session.more(text[n : n + 2])
+        assert float((found[0] - fresh(model, text[: n + 2])).abs().max()) < 1e-5
+    assert session.ids == text and session.state.room == 24
 
 
 def test_room_is_doubled_and_bounded_by_the_positions():

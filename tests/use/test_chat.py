@@ -22,19 +22,19 @@ def folder(request, tmp_path) -> Path:
 
 
 def watch(chat: Chat) -> tuple[list[list[int]], list[int]]:
-    """The texts that the session is given from now on, and the tokens that the model is fed."""
-    texts, inner, hidden = [], chat.session.feed, chat.task.model.hidden
+    """The texts that the session holds from now on, one for each step, and the tokens that the model is fed."""
+    texts, inner, hidden = [], chat.session.more, chat.task.model.hidden
     fed: list[int] = []
 
-    def feed(ids, room=0):
-        texts.append(list(ids))
-        return inner(ids, room)
+    def more(ids):
+        texts.append([*chat.session.ids, *ids])
+        return inner(ids)
 
     def counted(ids, **given):
         fed.append(ids.shape[1])
         return hidden(ids, **given)
 
-    chat.session.feed, chat.task.model.hidden = feed, counted
+    chat.session.more, chat.task.model.hidden = more, counted
     return texts, fed
 
 

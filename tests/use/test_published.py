@@ -9,9 +9,21 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from qkv.decode import Beam, Greedy, Sample
+from qkv.decode import (
+    AtLeast,
+    Ban,
+    Beam,
+    ForceFirst,
+    ForceLast,
+    Greedy,
+    NoRepeat,
+    RepetitionPenalty,
+    Sample,
+    Suppress,
+    SuppressFirst,
+)
 from qkv.errors import QkvError
-from qkv.use import Manner, extract, open_published, tag
+from qkv.use import Manner, Task, extract, open_published, tag
 from qkv.use.published import search
 from tests.use import small
 from tests.use.small import SENTENCES
@@ -26,8 +38,7 @@ def generated(theirs: PreTrainedModel, folder: Path, text: str, **settings: Any)
     config = GenerationConfig(**{**own, "do_sample": False, "max_new_tokens": 12, **settings})
     theirs.generation_config = config
     found = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0].tolist()
-    pairs = theirs.config.is_encoder_decoder
-    found = found[(1 + (config.forced_bos_token_id is not None)) if pairs else ids.shape[1] :]
+    found = found[1 if theirs.config.is_encoder_decoder else ids.shape[1] :]
     return found[: found.index(config.eos_token_id)] if config.eos_token_id in found else found
 
 
@@ -42,16 +53,31 @@ def generated(theirs: PreTrainedModel, folder: Path, text: str, **settings: Any)
     ({"num_beams": 1}, Greedy()),
     ({"num_beams": 4}, Beam(4)),
     ({"num_beams": 6, "length_penalty": 2}, Beam(6, length_penalty=2.0)),
+    ({"num_beams": 4, "early_stopping": True}, Beam(4, early_stopping=True)),
+    ({"num_beams": 4, "early_stopping": "never"}, Beam(4)),
+    ({"repetition_penalty": 1, "no_repeat_ngram_size": 0, "bad_words_ids": [], "min_length": 0}, Greedy()),
+    ({"repetition_penalty": 2, "min_length": 3}, Greedy(rules=(RepetitionPenalty(2.0), AtLeast(3, prompt=True)))),
+    ({"min_new_tokens": 4, "min_length": 3, "do_sample": True}, Sample(rules=(AtLeast(4),))),
+    ({"num_beams": 2, "bad_words_ids": [[7], [8, 9]]}, Beam(2, rules=(Ban([[7], [8, 9]]),))),
+    ({"forced_bos_token_id": 7, "forced_eos_token_id": [0, 2]}, Greedy(rules=(ForceLast(0),))),
+    ({"no_repeat_ngram_size": 3, "suppress_tokens": [1, 5]}, Greedy(rules=(NoRepeat(3), Suppress([1, 5])))),
+    ({"begin_suppress_tokens": [4]}, Greedy(rules=(SuppressFirst([4]),))),
 ])  # fmt: skip
 def test_the_search_that_it_asks_for(says, wanted):
     assert search(says) == wanted
+
+
+def test_a_first_token_is_forced_where_an_answer_has_one():
+    says = {"forced_bos_token_id": 0, "begin_suppress_tokens": [4]}
+    assert search(says, pairs=True) == Greedy(rules=(ForceFirst(0), SuppressFirst([4], after=1)))
+    assert search({"begin_suppress_tokens": [4]}, pairs=True) == Greedy(rules=(SuppressFirst([4]),))
 
 
 def test_generation_config_counts_more_than_config(tmp_path):
     small.bart(tmp_path)
     generation = tmp_path / "generation_config.json"
     generation.write_text(json.dumps({**json.loads(generation.read_text()), "forced_bos_token_id": 0}))
-    assert open_published(tmp_path).manner == Manner(Greedy(), begin=(2, 0))
+    assert open_published(tmp_path).manner == Manner(Greedy(rules=(ForceFirst(0),)), begin=(2,))
     generation.unlink()  # as before there was one: all of it in config.json
     config = json.loads((tmp_path / "config.json").read_text())
     told = {"decoder_start_token_id": 5, "forced_bos_token_id": None, "num_beams": 3}
@@ -67,6 +93,9 @@ def test_generation_config_counts_more_than_config(tmp_path):
     generation.write_text('{"do_sample": true, "num_beams": 1, "temperature": "hot"}')
     with pytest.raises(QkvError, match="generation_config.json.temperature: expected a number, found 'hot'"):
         open_published(tmp_path)
+    generation.write_text('{"min_length": "long"}')
+    with pytest.raises(QkvError, match="generation_config.json.min_length.tokens: expected a whole number, found 'lo"):
+        open_published(tmp_path)
     generation.write_text('{"do_sample": true,')
     with pytest.raises(QkvError, match="generation_config.json is no JSON"):
         open_published(tmp_path)
@@ -74,9 +103,9 @@ def test_generation_config_counts_more_than_config(tmp_path):
 
 def test_what_is_not_followed_is_told(tmp_path):
     small.llama(tmp_path)
-    says = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "min_length": 5}
+    says = {"repetition_penalty": 1.1, "encoder_no_repeat_ngram_size": 0, "typical_p": 0.9, "early_stopping": "never"}
     (tmp_path / "generation_config.json").write_text(json.dumps(says))
-    assert open_published(tmp_path).manner.unheeded == ("repetition_penalty = 1.1", "min_length = 5")
+    assert open_published(tmp_path).manner.unheeded == ("early_stopping = 'never'", "typical_p = 0.9")
 
 
 def test_the_longest_text_is_the_shorter_of_two_bounds(tmp_path):
@@ -109,13 +138,47 @@ def test_predict_is_generate(kind, beams, tmp_path):
         assert answers[0].text == own.decode(wanted, skip_special_tokens=True)
 
 
-def test_an_answer_may_begin_with_a_language(tmp_path):
-    theirs = small.bart(tmp_path)
-    says = {"decoder_start_token_id": 2, "forced_bos_token_id": 17}
+HEEDED: dict[str, Any] = {
+    "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[n] for n in range(20, 90)] + [[99, 3]],
+    "min_length": 9, "forced_bos_token_id": 17, "forced_eos_token_id": 2, "suppress_tokens": [120, 121, 122],
+    "begin_suppress_tokens": list(range(100, 200)), "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mamba", "t5", "bart"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_its_rules_are_heeded_as_by_generate(kind, beams, tmp_path):
+    theirs = getattr(small, kind)(tmp_path)
+    pairs = theirs.config.is_encoder_decoder
+    says = {**HEEDED, "num_beams": beams, "early_stopping": True, "decoder_start_token_id": 2 if pairs else None}
+    plain = open_published(tmp_path).predict(SENTENCES, tokens=12)
     (tmp_path / "generation_config.json").write_text(json.dumps(says))
-    found = open_published(tmp_path).predict(SENTENCES, tokens=9)
-    for text, answers in zip(SENTENCES, found, strict=True):
-        assert answers[0].ids == generated(theirs, tmp_path, text, max_new_tokens=10, forced_bos_token_id=17)
+    task, own = open_published(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    task.target.ends = frozenset({2})
+    assert not task.manner.unheeded
+    says["forced_bos_token_id"] = 17 if pairs else None  # a prompt has more tokens than one
+    given = [None, Beam(3, early_stopping=True) if beams > 1 else Greedy()]  # rules stand whatever search is taken
+    for found in (task.predict(SENTENCES, how, tokens=12) for how in given):
+        assert [answers[0].ids for answers in found] != [answers[0].ids for answers in plain]
+        for text, answers in zip(SENTENCES, found, strict=True):
+            wanted = generated(theirs, tmp_path, text, **says)
+            assert answers[0].ids == wanted
+            assert answers[0].text == own.decode(wanted, skip_special_tokens=True)
+            if task.continues and beams == 1:
+                assert "".join(task.stream(task.encode(text), tokens=12)) == answers[0].text
+
+
+def test_a_rule_that_is_asked_for_takes_the_place_of_the_checkpoints_own(tmp_path):
+    small.llama(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3, "min_new_tokens": 4}))
+    task = open_published(tmp_path)
+    assert task.heeding(Beam(2)).rules == task.manner.search.rules == (RepetitionPenalty(1.3), AtLeast(4))
+    own = Greedy(rules=(NoRepeat(2), RepetitionPenalty(1.0)))
+    assert task.heeding(own).rules == (NoRepeat(2), RepetitionPenalty(1.0), AtLeast(4))
+    plain, ids = Greedy(rules=(RepetitionPenalty(1.0), AtLeast(0))), task.encode(SENTENCES[0])
+    with_none = Task(task.model, task.tokenizers)
+    assert list(task.stream(ids, plain, tokens=12)) == list(with_none.stream(ids, tokens=12))
+    assert list(task.stream(ids, tokens=12)) != list(with_none.stream(ids, tokens=12))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mamba"])

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from qkv.errors import QkvError
 from qkv.zoo import spec_from
@@ -43,7 +45,9 @@ def test_other_heads_too(head: str, tmp_path: Path) -> None:
     check_export(theirs, check_values(theirs, tmp_path / "in"), tmp_path / "out")
 
 
-def test_alibi_is_refused() -> None:
+def test_alibi_is_refused_for_its_steps() -> None:
+    bias = build_alibi_tensor(torch.ones(1, 1024, dtype=torch.long), 32, torch.float32)[:, 0]
+    assert bias[0, 512:].diff().unique().tolist() == [0, 2, 4]  # where ALiBi rises by its slope, 0.84
     values = tf.FalconConfig(**SIZED, alibi=True).to_dict()
     with pytest.raises(QkvError, match="alibi is True, for which qkv has no part"):
         spec_from({key: value for key, value in values.items() if key != "chunk_size_feed_forward"})

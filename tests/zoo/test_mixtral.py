@@ -22,7 +22,12 @@ def test_values_searches_and_exports_are_those_of_transformers(others: dict[str,
     check_export(theirs, ours, tmp_path / "out")
 
 
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForTokenClassification"])
-def test_other_heads_too(head: str, tmp_path: Path) -> None:
-    theirs = rough(getattr(tf, f"Mixtral{head}")(tf.MixtralConfig(**SIZED, num_labels=5)))
+HEADS = ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
+
+
+@pytest.mark.parametrize("others", [{}, {"head_dim": 14, "num_key_value_heads": 3}])
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads_too(head: str, others: dict[str, Any], tmp_path: Path) -> None:
+    config = tf.MixtralConfig(**{**SIZED, **others}, num_labels=2 if head == "ForQuestionAnswering" else 5)
+    theirs = rough(getattr(tf, f"Mixtral{head}")(config))
     check_export(theirs, check_values(theirs, tmp_path / "in"), tmp_path / "out")

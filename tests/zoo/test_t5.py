@@ -23,16 +23,19 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
 }  # fmt: skip
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "1.0": {},
     "1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "1.1, its head kept tied": {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
+    "mt5": {},
+    "mt5, its head kept tied": {"feed_forward_proj": "relu"},
 }
 
 
 def model(form: str, head: str = "ForConditionalGeneration") -> PreTrainedModel:
-    theirs = rough(getattr(tf, f"T5{head}")(tf.T5Config(**SIZES, **FORMS[form])))
-    if form == "1.1" and hasattr(theirs, "lm_head"):
+    kind = "MT5" if "mt5" in form else "T5"
+    theirs = rough(getattr(tf, f"{kind}{head}")(getattr(tf, f"{kind}Config")(**SIZES, **FORMS[form])))
+    if form in ("1.1", "mt5") and hasattr(theirs, "lm_head"):
         generator = torch.Generator().manual_seed(3)
         theirs.lm_head.weight = nn.Parameter(torch.randn(theirs.lm_head.weight.shape, generator=generator))
     return theirs
@@ -59,7 +62,7 @@ def test_the_encoder_alone(form: str, tmp_path: Path) -> None:
     check_export(theirs, check_values(theirs, tmp_path / "in"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", ["1.0", "1.1"])
+@pytest.mark.parametrize("form", ["1.0", "1.1", "mt5"])
 def test_an_edited_model_goes_back(form: str, tmp_path: Path) -> None:
     theirs = model(form)
     ours, two = check_pairs(theirs, tmp_path / "in"), [texts(longest=11)[0], texts(longest=9, seed=2)[0]]
@@ -69,14 +72,14 @@ def test_an_edited_model_goes_back(form: str, tmp_path: Path) -> None:
     check_edited(theirs, ours, tmp_path / "out", *two, **sizes)
 
 
-@pytest.mark.parametrize("name", ["t5-small", "t5-base", "t5-v1.1-small"])
+@pytest.mark.parametrize("name", ["t5-small", "t5-base", "t5-v1.1-small", "mt5-small"])
 def test_the_presets_have_the_published_sizes(name: str) -> None:
     values = PRESETS[name]()
+    kind = "MT5" if name.startswith("mt5") else "T5"
     with torch.device("meta"):
-        theirs = tf.T5ForConditionalGeneration(tf.T5Config.from_dict(values))
-    own = (
-        values["vocab_size"] * values["d_model"] * (name == "t5-v1.1-small")
-    )  # the package ties it until a file is read
+        theirs = getattr(tf, f"{kind}ForConditionalGeneration")(getattr(tf, f"{kind}Config").from_dict(values))
+    ties_until_a_file_is_read = name in ("t5-v1.1-small", "mt5-small")
+    own = values["vocab_size"] * values["d_model"] * ties_until_a_file_is_read
     assert empty(spec_of(name)).count() == theirs.num_parameters() + own
 
 
@@ -126,3 +129,14 @@ def test_an_activation_is_named_in_two_keys(tmp_path: Path) -> None:
     ours, two = check_pairs(theirs, tmp_path / "in"), [texts(longest=11)[0], texts(longest=9, seed=2)[0]]
     check_edited(theirs, ours, tmp_path / "out", *two, **{"**.act": "silu"})
     assert edit(ours.spec, "**.act", "silu") != ours.spec
+
+
+def test_mt5_has_defaults_of_its_own() -> None:
+    values = PRESETS["mt5-small"]()
+    assert spec_from({key: value for key, value in values.items() if key != "feed_forward_proj"}) == spec_of(
+        "mt5-small"
+    )
+    spec = spec_from({**values, "tie_word_embeddings": True})
+    assert isinstance(spec, EncoderDecoder) and spec.head.tied and spec.head.scale is None
+    with pytest.raises(QkvError, match="no mt5 model for SequenceClassification"):
+        spec_from({**values, "architectures": ["MT5ForSequenceClassification"]})

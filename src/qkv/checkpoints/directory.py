@@ -19,8 +19,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm",
-    "target.spm", "generation_config.json", "chat_template.jinja", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json", "LICENSE", "NOTICE",
+    "target.spm", "target_vocab.json", "generation_config.json", "chat_template.jinja", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json", "LICENSE", "NOTICE",
 )  # fmt: skip
 """The files beside the weights that go where they go: how text becomes ids and back, how vectors are pooled, terms."""
 

@@ -12,7 +12,7 @@ from qkv.checkpoints.directory import BESIDE
 from qkv.checkpoints.load import Origin
 from qkv.checkpoints.names import parse, write
 from qkv.checkpoints.weights import refuse_adapters, save_tensors
-from qkv.checkpoints.whole import whole_folder
+from qkv.checkpoints.whole import refuse_filled, whole_folder
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
 from qkv.parts.head import Vector
@@ -37,8 +37,7 @@ def save_pretrained(model: Module, folder: Path | str, tokenizer: Saves | None =
     describes. `QkvError` says what no family has a form for; `save_model` keeps such a model in qkv's own form.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise QkvError(f"{folder} exists and is not an empty folder; name a new one")
+    refuse_filled(folder)
     values, tensors = published(model)
     values["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     values.pop("torch_dtype", None)

@@ -1,7 +1,6 @@
 """Back out to GGUF, for llama.cpp."""
 
 import dataclasses as dc
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from qkv.checkpoints.directory import Directory
 from qkv.checkpoints.export import published, unpooled
-from qkv.checkpoints.gguf_model import GGUFModel, configuration, shortest, turning
+from qkv.checkpoints.gguf_model import GGUFModel, configuration, shortest
+from qkv.checkpoints.gguf_rope import turning
+from qkv.checkpoints.gguf_tokenizer import tokenizer_metadata
 from qkv.checkpoints.gguf_write import Typed, write_gguf
 from qkv.checkpoints.load import Origin
 from qkv.checkpoints.names import parse, write
@@ -22,29 +23,18 @@ from qkv.masks import Full
 from qkv.models import Model, Module, Sequence
 from qkv.ops.blocks import BLOCKS
 from qkv.ops.blocks.packed import Packed
-from qkv.parts import Attention, FeedForward, Mamba, Rotary
+from qkv.parts import Attention, FeedForward, Mamba, Rotary, Vector
 from qkv.parts.position import LinearScaling
 from qkv.spec import Change, diff, nearest
 from qkv.zoo.config import Config
-from qkv.zoo.gguf import (
-    ALWAYS_F32,
-    BYTE,
-    CONTROL,
-    CUTS,
-    FILE_TYPES,
-    NORMAL,
-    SPECIAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Architecture,
-    architecture_for,
-)
+from qkv.zoo.gguf import ALWAYS_F32, FILE_TYPES, POOLING, Architecture, architecture_for
 from qkv.zoo.registry import family_of, spec_from
 from qkv.zoo.solve import configuration as solved
 
 INHERITED = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
 """What another file's `general.*` says of itself alone."""
+NO_TOKENIZER = {"tokenizer.ggml.model": "none"}
+SEGMENTS = "token_types.weight"
 
 
 @dc.dataclass(frozen=True)
@@ -80,6 +70,7 @@ def save_gguf(
     table = parse(architecture.tables(spec)[0])
     shapes = {name: tuple(x.shape) for name, x in write(table, on_meta(model))}
     says, factors = facts(architecture, values, spec)
+    says |= pooled(model.spec)
     check(architecture, says, {**shapes, **{name: x.shape for name, x in factors.items()}}, factors, spec)
     types = {name: type_of(name, shape, type, tied="output.weight" not in shapes) for name, shape in shapes.items()}
     tokens, lack = tokenizer_metadata, None
@@ -88,13 +79,15 @@ def save_gguf(
             tokens = tokenizer_of(model, shapes["token_embd.weight"][0])
         except QkvError as fault:
             lack = str(fault)
+    counted = {"tokenizer.ggml.token_type_count": shapes[SEGMENTS][0]} if SEGMENTS in shapes else {}
     metadata = {
         "general.architecture": architecture.name,
         **general(model),
         "general.file_type": FILE_TYPES[type],
         "general.quantization_version": 2,
         **{f"{architecture.name}.{key}": value for key, value in says.items()},
-        **(typed(tokens) if tokens else {"tokenizer.ggml.model": "none"}),
+        **(typed(tokens) if tokens else NO_TOKENIZER),
+        **counted,
     }
 
     def tensors() -> Iterator[tuple[str, str, Tensor]]:
@@ -104,7 +97,8 @@ def save_gguf(
 
     write_gguf(path, metadata, tensors())
     other = {name: one for name, one in types.items() if one not in (type, "F32")}
-    return Exported(Path(path), dict(Counter([*types.values(), *("F32" for _ in factors)])), other, bool(tokens), lack)
+    counts = Counter([*types.values(), *("F32" for _ in factors)])
+    return Exported(Path(path), dict(counts), other, NO_TOKENIZER.items().isdisjoint(metadata.items()), lack)
 
 
 def type_of(name: str, shape: tuple[int, ...], wanted: str, *, tied: bool) -> str:
@@ -182,6 +176,16 @@ def sizes(spec: Model) -> dict[str, Any]:
         if isinstance(branch.f, Mamba):
             found["time_step_rank"] = branch.f.rank or -(-spec.width // 16)
     return found
+
+
+def pooled(spec: Model) -> dict[str, int]:
+    """How one vector is made of a text, where the model does that."""
+    head = spec.head if isinstance(spec, Sequence) else None
+    if not isinstance(head, Vector) or head.pool.transform is not None:
+        return {}
+    if head.pool.take not in POOLING:
+        raise QkvError(f"GGUF has no form for vectors that are the {head.pool.take} over a text's tokens")
+    return {"pooling_type": POOLING[head.pool.take]}
 
 
 def period(kinds: list[str]) -> int:
@@ -279,104 +283,3 @@ def tokenizer_of(model: Module, size: int) -> dict[str, Any] | None:
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
     return tokenizer_metadata(read_json(source.path / "tokenizer.json"), config, size)
-
-
-def tokenizer_metadata(
-    tokenizer: Mapping[str, Any], config: Mapping[str, Any] | None = None, size: int | None = None
-) -> dict[str, Any]:
-    """The keys `tokenizer.*` of a tokenizer.json that pairs bytes, as GPT-2, Llama 3, Qwen and SmolLM have it, or
-    SentencePiece's pieces, as LLaMA 2, Mistral and Gemma.
-
-    `config` is the tokenizer_config.json beside it, which names the special tokens and holds the chat template; ids up
-    to the model's `size` that have no token get one that no text holds. Raises QkvError for another kind of tokenizer.
-    """
-    config, cuts = config or {}, tuple(cut(step) for step in steps(tokenizer.get("pre_tokenizer")))
-    sentencepiece = tokenizer["model"].get("type") == "BPE" and tokenizer["model"].get("byte_fallback") is True
-    if not sentencepiece and (tokenizer["model"].get("type") != "BPE" or cuts not in CUTS):
-        kind, known = tokenizer["model"].get("type"), ", ".join(sorted(set(CUTS.values())))
-        raise QkvError(
-            f"tokenizer.json is a {kind} tokenizer that cuts text by {cuts}, which is none of GGUF's kinds that are "
-            f"written here, {known} and SentencePiece's"
-        )
-    added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
-    tokens = {i: text for text, i in tokenizer["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
-    size = max(tokens) + 1 if size is None else size
-    if max(tokens) >= size:
-        raise QkvError(f"the tokenizer has the id {max(tokens)}, and the model only {size} rows for tokens")
-    ids = {text: i for i, text in tokens.items()}
-    kinds = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
-    named = {role: ids.get(spelt(config.get(f"{role}_token"))) for role in SPECIAL}
-    begins, ends = framed(tokenizer.get("post_processor"), named)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
-    if sentencepiece:
-        kinds |= {i: BYTE for i, text in tokens.items() if re.fullmatch("<0x[0-9A-F]{2}>", text)}
-        kinds |= {i: UNKNOWN for text, i in ids.items() if text == tokenizer["model"].get("unk_token")}
-        how = {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.scores": scores(merges, ids, size),
-            "tokenizer.ggml.add_space_prefix": begins_with_space(tokenizer),
-        }
-    else:
-        how = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": CUTS[cuts], "tokenizer.ggml.merges": merges}
-    return {
-        **how,
-        "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
-        "tokenizer.ggml.token_type": [kinds.get(i, NORMAL if i in tokens else UNUSED) for i in range(size)],
-        **{f"tokenizer.ggml.{SPECIAL[role]}_token_id": i for role, i in named.items() if i is not None},
-        "tokenizer.ggml.add_bos_token": config.get("add_bos_token", begins) is True,
-        "tokenizer.ggml.add_eos_token": config.get("add_eos_token", ends) is True,
-        **templates(config.get("chat_template")),
-    }
-
-
-def scores(merges: list[str], ids: Mapping[str, int], size: int) -> list[float]:
-    """SentencePiece joins the neighbours whose piece has the highest score: the earlier a merge, the higher."""
-    found: dict[int, float] = {}
-    for rank, merge in enumerate(merges):
-        found.setdefault(ids.get(merge.replace(" ", ""), -1), -float(rank))
-    return [found.get(i, -float(len(merges))) for i in range(size)]
-
-
-def begins_with_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a text is read as if a space stood before it."""
-    normalizer = tokenizer.get("normalizer") or {}
-    parts = [*normalizer.get("normalizers", [normalizer]), *steps(tokenizer.get("pre_tokenizer"))]
-    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") in ("always", "first") for part in parts)
-
-
-def steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if pre_tokenizer is None:
-        return []
-    return list(pre_tokenizer["pretokenizers"]) if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-
-
-def cut(step: Mapping[str, Any]) -> str:
-    """How a step of a pre-tokenizer cuts text: by a pattern, or by its name."""
-    if step["type"] == "Split":
-        return str(step["pattern"].get("Regex"))
-    plain = step["type"] == "ByteLevel" and step.get("use_regex") is False
-    return "bytes" if plain else str(step["type"])
-
-
-def spelt(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def framed(processor: Any, named: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether texts get a begin and an end."""
-    for one in processor.get("processors", [processor]) if processor else []:
-        if one["type"] == "TemplateProcessing":
-            special = {name: token["ids"] for name, token in one["special_tokens"].items()}
-            pieces = [special.get(piece.get("SpecialToken", {}).get("id")) for piece in one["single"]]
-            return pieces[0] == [named["bos"]], pieces[-1] == [named["eos"]]
-    return False, False
-
-
-def templates(given: Any) -> dict[str, Any]:
-    """Chat templates: one, or several by name."""
-    if isinstance(given, str):
-        return {"tokenizer.chat_template": given}
-    named = {each["name"]: each["template"] for each in given or []}
-    others = [name for name in named if name != "default"]
-    keys = {f"tokenizer.chat_template{'' if name == 'default' else f'.{name}'}": text for name, text in named.items()}
-    return {**keys, **({"tokenizer.chat_templates": others} if others else {})}

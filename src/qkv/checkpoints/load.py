@@ -14,6 +14,7 @@ from qkv.checkpoints.sentence import vector_head
 from qkv.checkpoints.weights import empty
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
+from qkv.parts import Vector
 from qkv.spec import edit
 from qkv.zoo.registry import family_of, spec_from
 
@@ -38,6 +39,9 @@ class Source(Protocol):
 @runtime_checkable
 class Foreign(Protocol):
     """A checkpoint whose tensors are not named as in the family's own files."""
+
+    head: Vector | None
+    """How one vector is made of a text, where the file says that."""
 
     def tables(self, spec: Model) -> list[str]:
         """The tables that it may follow."""
@@ -87,7 +91,7 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
 def described(source: Source) -> Model:
     """The spec of a checkpoint's model; no weight is read."""
     spec = spec_from(source.config, () if isinstance(source, Foreign) else source.keys, str(told_by(source)))
-    pooled = vector_head(source.path)
+    pooled = source.head if isinstance(source, Foreign) else vector_head(source.path)
     if pooled is not None and isinstance(spec, Sequence) and spec.head is None:
         spec = edit(spec, "head", pooled)
     return spec

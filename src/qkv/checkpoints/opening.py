@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from qkv.checkpoints.directory import CONFIG, Directory
-from qkv.checkpoints.gguf_model import GGUFModel, Llama2CModel
+from qkv.checkpoints.gguf_model import GGUFModel
+from qkv.checkpoints.llama2c_model import Llama2CModel
 from qkv.checkpoints.load import Source
 from qkv.errors import QkvError
 from qkv.spec import nearest

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from qkv.checkpoints.weights import load_tensors, read_json, save_tensors
-from qkv.checkpoints.whole import whole_folder
+from qkv.checkpoints.directory import read_table
+from qkv.checkpoints.weights import load_tensors, save_tensors
+from qkv.checkpoints.whole import refuse_filled, whole_folder
 from qkv.errors import QkvError
 from qkv.zoo.config import Config
 
@@ -69,7 +70,7 @@ def read_peft(folder: Path) -> Adapter:
 
 def config(path: Path) -> Config:
     """The keys of adapter_config.json, those that say what the numbers are still to be taken."""
-    c = Config(read_json(path), where=str(path))
+    c = Config(read_table(path), where=str(path))
     c.used = set()
     c.only("peft_type", "LORA")
     c.only("bias", "none")
@@ -133,8 +134,7 @@ def write_peft(
     adapter: Adapter, folder: Path, modules: Collection[str], transposed: bool, base: str, task: str | None
 ) -> None:
     """Write a directory that peft loads on the model `base`, which has these modules, `transposed` ones as Conv1D."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise QkvError(f"{folder} exists and is not an empty folder; name a new one")
+    refuse_filled(folder)
     rank_of = {module: len(factors.A) for module, factors in adapter.factors.items()}
     alpha_of = {module: whole(factors.alpha) for module, factors in adapter.factors.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (rank_of, alpha_of))

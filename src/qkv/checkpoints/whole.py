@@ -49,6 +49,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def refuse_filled(folder: Path) -> None:
+    """Refuse a path that holds something: it is left alone."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QkvError(f"{folder} exists and is not an empty folder; name a new one")
+
+
 def write_bytes(path: Path, data: bytes) -> Path:
     """Write a file whole or not at all."""
     with whole_file(path) as part:

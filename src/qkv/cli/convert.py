@@ -9,7 +9,7 @@ from qkv.errors import QkvError
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A directory, a .gguf file, or a name that `qkv pull` lists.")],
+    source: Annotated[str, typer.Argument(help="A run, a directory, a .gguf file, or a name that `qkv pull` lists.")],
     target: Annotated[Path, typer.Argument(help="A new directory, or a file that ends in .gguf.")],
     kind: Annotated[
         str | None, typer.Option("--type", help="GGUF's type of the large matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1.")
@@ -26,16 +26,22 @@ def convert(
 ) -> None:
     """Write a model for other tools: a directory that transformers loads, or a GGUF file that llama.cpp loads."""
     from qkv.checkpoints.pull import resolve
-    from qkv.train.run import RUN, dtype_of
+    from qkv.checkpoints.weights import SPEC
+    from qkv.train.run import RUN, dtype_of, open_task
     from qkv.use.convert import convert as write
+    from qkv.use.convert import convert_trained
 
     gguf = target.suffix == ".gguf"
     if (gguf and dtype) or (kind and not gguf):
         raise QkvError("--type belongs to a .gguf file and --dtype to a directory")
     kinds, path = {"kind": kind} if kind else {}, resolve(source)
-    if (path / RUN).is_file():
-        raise QkvError(f"{path} is a run, not a published checkpoint: qkv.load and save_pretrained write its model")
-    for line in write(path, target, dtype=dtype_of(dtype), allow_pickle=allow_pickle, settings=setting or [], **kinds):
+    if (path / RUN).is_file() or (path / SPEC).is_file():
+        if allow_pickle or setting:
+            raise QkvError(f"{path} is qkv's own: --allow-pickle and --set belong to what others published")
+        lines = convert_trained(open_task(path, dtype), target, **kinds)
+    else:
+        lines = write(path, target, dtype=dtype_of(dtype), allow_pickle=allow_pickle, settings=setting or [], **kinds)
+    for line in lines:
         print(line)
 
 
@@ -45,9 +51,9 @@ def diff(
 ) -> None:
     """Say where two models differ, part by part."""
     from qkv.cli.look import spec_of
-    from qkv.spec import diff as compared
+    from qkv.look import differences
 
-    changes = compared(spec_of(before), spec_of(after))
+    changes = differences(spec_of(before), spec_of(after))
     for change in changes:
         print(change)
     if not changes:

@@ -5,17 +5,23 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from qkv.errors import QkvError
 
 if TYPE_CHECKING:
-    from qkv.decode import OneByOne, Search
+    from qkv.decode import OneByOne, Rule, Search
     from qkv.use import Task
 
+S = TypeVar("S", bound="Search")
+
 As_json = Annotated[bool, typer.Option("--json", help="For a program.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1, write tokens that are there already less often.")
+]
+NoRepeat = Annotated[int | None, typer.Option(help="Write no so many tokens in a row twice; 0 does nothing.")]
 
 
 def searching(beam: int | None, n_best: int, length_penalty: float, sampling: dict[str, Any]) -> Any:
@@ -45,6 +51,19 @@ def sampled(options: dict[str, Any], usual: "Search | None" = None) -> "OneByOne
     return Sample(**asked) if asked.keys() - {"seed"} else None
 
 
+def ruling(repetition_penalty: float | None, no_repeat: int | None) -> "tuple[Rule, ...]":
+    """The rules that the options ask for; of the same kind, they take the place of a checkpoint's own."""
+    from qkv import decode
+
+    penalty = () if repetition_penalty is None else (decode.RepetitionPenalty(repetition_penalty),)
+    return penalty if no_repeat is None else (*penalty, decode.NoRepeat(no_repeat))
+
+
+def ruled(search: "S | None", usual: "S", rules: "tuple[Rule, ...]") -> "S | None":
+    """A search, or the usual one, with these rules; None leaves it to the model."""
+    return dc.replace(search or usual, rules=rules) if rules else search
+
+
 def predict(
     model: Annotated[str, typer.Argument(help="A run, a directory, or a name that `qkv pull` lists.")],
     text: Annotated[str, typer.Argument(help="A text, a file with one text a line, or - for standard input.")],
@@ -58,6 +77,8 @@ def predict(
         float | None, typer.Option(help="Sample from tokens at least p times as likely as the best.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of the sampling.")] = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat: NoRepeat = None,
     tokens: Annotated[int, typer.Option(help="At most so many new tokens of a decoder.")] = 200,
     last: Annotated[bool, typer.Option("--last", help="Use the last checkpoint, not the best.")] = False,
     as_json: As_json = False,
@@ -70,7 +91,7 @@ def predict(
     from qkv.use import extract
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    search = searching(beam, n_best, length_penalty, sampling)
+    search, rules = searching(beam, n_best, length_penalty, sampling), ruling(repetition_penalty, no_repeat)
     texts, task = lines(text), open_task(model, last=last)
     head = task.model.head.spec if task.model.head is not None else None
     if isinstance(head, Tagger):
@@ -79,7 +100,7 @@ def predict(
     if isinstance(head, Span):
         found = [[extract(task, *parts(line, number))] for number, line in enumerate(texts, 1)]
     else:
-        found = task.predict(texts, search, tokens=tokens)
+        found = task.predict(texts, ruled(search, task.manner.search, rules), tokens=tokens)
     for source, answers in zip(texts, found, strict=True):
         if as_json:
             values = [{"text": answer.text, "score": answer.score} for answer in answers]

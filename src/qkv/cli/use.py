@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkv.cli.run import As_json, lines, piped, sampled
+from qkv.cli.run import As_json, NoRepeat, RepetitionPenalty, lines, piped, ruled, ruling, sampled
 from qkv.errors import QkvError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat: NoRepeat = None,
     stop: Stop = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
@@ -72,8 +74,9 @@ def generate(
     prompt = piped() if prompt == "-" else prompt
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampled(asked)  # refuses what cannot be before a model is opened
+    rules = ruling(repetition_penalty, no_repeat)
     task = opened(model, dtype, adapter)
-    search = sampled(asked, task.manner.search)
+    search = ruled(sampled(asked, task.manner.search), task.usual, rules)
     ids = task.encode(prompt)
     pieces = task.stream(ids, search, tokens=tokens, stop=stop or [])
     if as_json:
@@ -91,6 +94,8 @@ def chat(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat: NoRepeat = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
 ) -> None:
@@ -99,8 +104,9 @@ def chat(
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampled(asked)  # refuses what cannot be before a model is opened
+    rules = ruling(repetition_penalty, no_repeat)
     task = opened(model, dtype, adapter)
-    talk = Chat(task, system, sampled(asked, task.manner.search))
+    talk = Chat(task, system, ruled(sampled(asked, task.manner.search), task.usual, rules))
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

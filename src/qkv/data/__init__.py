@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qkv.data.files import Record, read
-from qkv.data.pretrained import load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
+from qkv.data.gguf import tokenizer_from_gguf
+from qkv.data.llama2c import tokenizer_from_llama2c
+from qkv.data.pretrained import load_tokenizer
 from qkv.data.tokenizer import Encoded, TextStream, Tokenizer
 from qkv.data.tokenizers import (
     BPE,

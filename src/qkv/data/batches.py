@@ -86,11 +86,10 @@ class Tokenizers:
             self.target.save(folder / "target_tokenizer.json")
 
     @classmethod
-    def load(cls, folder: Path, data: Data) -> Self:
-        """The tokenizers that `save` left in a folder for this data."""
+    def load(cls, folder: Path, joint: bool) -> Self:
+        """The tokenizers that `save` left in a folder."""
         source = Tokenizer.load(folder / "tokenizer.json")
-        own = data.target_tokenizer is not None
-        return cls(source, Tokenizer.load(folder / "target_tokenizer.json") if own else source)
+        return cls(source, source if joint else Tokenizer.load(folder / "target_tokenizer.json"))
 
 
 def train_tokenizers(data: Data, base: Path = Path()) -> Tokenizers:

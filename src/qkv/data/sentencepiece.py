@@ -117,6 +117,18 @@ def read_model(data: bytes) -> SentencePiece:
     )
 
 
+def reading(
+    model: SentencePiece, pieces: list[tuple[str, float, int]], prefix: str, steps: list[normalizers.Normalizer]
+) -> tokenizers.Tokenizer:
+    """These pieces, for texts that are normalised in these steps and then as the model says."""
+    library = of_pieces(pieces, prefix if model.add_dummy_prefix else "never", model.unigram)
+    steps = [*steps, normalizers.Precompiled(model.charsmap)] if model.charsmap else [*steps]
+    if model.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    library.normalizer = normalizers.Sequence([*steps, library.normalizer])
+    return library
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protocol buffer's message: numbers as int, all else as bytes."""
     at = 0

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
 from qkv.checkpoints.whole import write_text
+from qkv.data.kinds import frame, plain
 from qkv.errors import QkvError
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")  # ids 0 to 4 of the tokenizers that qkv trains
@@ -113,6 +114,12 @@ class Tokenizer:
                 if self.has(role)
             }
             write_text(path / "generation_config.json", json.dumps(ids | {"eos_token_id": sorted(self.ends)}, indent=2))
+
+    def framed(self, begin: bool, end: bool) -> "Tokenizer":
+        """The same as others publish one, which sets its begin and its end around a text by itself."""
+        library = _copy(self._library)
+        frame(library, *plain(self.begin if begin else None, self.end if end else None))
+        return Tokenizer(library, self._roles, ends=self.ends, templates=self.templates)
 
     # --- special tokens -------------------------------------------------------------------------------------------
 

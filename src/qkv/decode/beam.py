@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from qkv.decode.rules import NEVER
 from qkv.decode.search import Hypothesis, Rows, Search
 from qkv.errors import QkvError
 from qkv.spec import part
@@ -15,12 +16,14 @@ class Beam(Search):
     """Keep the `size` likeliest unfinished paths of each row; rank finished ones by log p(y) / |y|^α.
 
     |y| counts the end token; α is `length_penalty`: 0 prefers short texts, above 1 long ones (Wu 2016 discusses
-    the forms). A row is done when no unfinished path, ended now, would rank among its `size` finished ones.
+    the forms). A row is done when no unfinished path, ended now, would rank among its `size` finished ones; with
+    `early_stopping`, as soon as there are so many.
     """
 
     size: int = 4
     length_penalty: float = 1.0
     n_best: int = 1
+    early_stopping: bool = False
 
     def check(self) -> None:
         if self.size < 1:
@@ -31,16 +34,18 @@ class Beam(Search):
     def run(
         self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
     ) -> list[list[Hypothesis]]:
-        k, device = self.size, rows.log_p.device
+        k, device = self.size, rows.logits.device
+        wide = k * (1 + max(1, len(ends)))  # of so many extensions k do not end
         beams = [_Row(limit, self) for limit in limits]
         live = list(beams)
         rows.select(torch.arange(len(beams), device=device).repeat_interleave(k))
         # At first the k paths of a row are the same: only one of them may go on.
-        total = torch.full((len(beams), k), float("-inf"), device=device)
+        total = torch.full((len(beams), k), NEVER, device=device)
         total[:, 0] = 0.0
         while True:
-            scores = total[:, :, None] + rows.log_p.unflatten(0, (-1, k))
-            best, at = scores.flatten(1).topk(min(2 * k, scores[0].numel()), 1)
+            log_p = rows.past.ruled(rows.logits.log_softmax(-1))
+            scores = total[:, :, None] + log_p.unflatten(0, (-1, k))
+            best, at = scores.flatten(1).topk(min(wide, scores[0].numel()), 1)
             path, token = at // scores.shape[2], at % scores.shape[2]
             choices = zip(best.tolist(), path.tolist(), token.tolist(), strict=True)
             steps = [beam.extend(*choice, ends) for beam, choice in zip(live, choices, strict=True)]
@@ -70,6 +75,7 @@ class _Row:
     def __init__(self, limit: int, spec: Beam) -> None:
         self.limit, self.spec = limit, spec
         self.paths: list[list[int]] = [[]] * spec.size
+        self.total = 0.0
         self.finished: list[Hypothesis] = []
 
     def rank(self, log_p: float, length: int) -> float:
@@ -85,10 +91,10 @@ class _Row:
         return sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[:n]
 
     def extend(self, totals: list[float], paths: list[int], tokens: list[int], ends: Collection[int]) -> _Step | None:
-        """Take the 2k likeliest extensions, best first → how to go on, or None when the row is done."""
+        """Take the likeliest extensions, best first → how to go on, or None when the row is done."""
         k, step = self.spec.size, _Step([], [], [])
         for rank, (total, path, token) in enumerate(zip(totals, paths, tokens, strict=True)):
-            if total == float("-inf"):
+            if total == NEVER:
                 break
             if token in ends:
                 if rank < k:
@@ -98,18 +104,22 @@ class _Row:
                 step.tokens.append(token)
                 step.totals.append(total)
         if not step.tokens:
+            if not self.finished:  # the rules leave nothing to add to any path
+                self.finish(self.paths[0], self.total, ended=False)
             return None
+        self.total = step.totals[0]
         self.paths = [self.paths[path] + [token] for path, token in zip(step.parents, step.tokens, strict=True)]
         if len(self.paths[0]) >= self.limit:
             for ids, log_p in zip(self.paths, step.totals, strict=True):
                 self.finish(ids, log_p, ended=False)
             return None
-        if len(self.finished) == k and self.rank(step.totals[0], len(self.paths[0])) <= self.finished[-1].score:
+        full, best = len(self.finished) == k, self.rank(self.total, len(self.paths[0]))
+        if full and (self.spec.early_stopping or best <= self.finished[-1].score):
             return None
         short = k - len(step.tokens)
         self.paths += [self.paths[0]] * short
         return _Step(
             step.parents + step.parents[:1] * short,
             step.tokens + step.tokens[:1] * short,
-            step.totals + [float("-inf")] * short,
+            step.totals + [NEVER] * short,
         )

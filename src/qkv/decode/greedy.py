@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from qkv.decode.rules import NEVER
 from qkv.decode.search import Hypothesis, Rows, Search
 from qkv.spec import part
 
@@ -15,7 +16,7 @@ class OneByOne(Search):
 
     @abstractmethod
     def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (log p: B V, rows: B, numbers of the rows) → ids B."""
+        """A function (scores: B V, rows: B, numbers of the rows) → ids B; a shift of all scores changes nothing."""
 
     def run(
         self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
@@ -24,10 +25,15 @@ class OneByOne(Search):
         ids: list[list[int]] = [[] for _ in limits]
         log_p, ended = [0.0] * len(limits), [False] * len(limits)
         while True:
-            chosen = choose(rows.log_p, alive)
-            gained = rows.log_p.gather(1, chosen[:, None])[:, 0]
+            scores = rows.past.ruled(rows.logits)
+            chosen = choose(scores, alive)
+            score = scores.gather(1, chosen[:, None])[:, 0]
+            gained = rows.logits.gather(1, chosen[:, None])[:, 0] - rows.logits.logsumexp(-1)
             on = []
-            for n, (row, token, gain) in enumerate(zip(alive.tolist(), chosen.tolist(), gained.tolist(), strict=True)):
+            each = zip(alive.tolist(), chosen.tolist(), gained.tolist(), score.tolist(), strict=True)
+            for n, (row, token, gain, left) in enumerate(each):
+                if left == NEVER:
+                    continue
                 log_p[row] += gain
                 ended[row] = token in ends
                 if not ended[row]:
@@ -48,4 +54,4 @@ class Greedy(OneByOne):
     """The likeliest token, each time."""
 
     def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda log_p, rows: log_p.argmax(-1)
+        return lambda scores, rows: scores.argmax(-1)

@@ -37,8 +37,8 @@ class Sample(OneByOne):
     def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
         generators = [torch.Generator().manual_seed(self.mixed(seed)) for seed in seeds]
 
-        def choose(log_p: Tensor, rows: Tensor) -> Tensor:
-            p, ids = self.kept(log_p)
+        def choose(scores: Tensor, rows: Tensor) -> Tensor:
+            p, ids = self.kept(scores)
             draw = torch.stack([torch.rand(1, generator=generators[row]) for row in rows.tolist()]).to(p.device)
             reached = p.cumsum(-1)
             at = torch.searchsorted(reached, draw * reached[:, -1:], right=True).clamp(max=p.shape[1] - 1)
@@ -50,9 +50,9 @@ class Sample(OneByOne):
         """A seed of 32 bits, all that torch's generator uses, from the sampling's seed and the row's number."""
         return int.from_bytes(hashlib.blake2b(f"{self.seed} {row}".encode(), digest_size=4).digest(), "big")
 
-    def kept(self, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """log p: B V → the probabilities that remain (not normalised) and their ids, likeliest first."""
-        z, ids = log_p.topk(min(self.top_k or log_p.shape[1], log_p.shape[1]), -1)
+    def kept(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores z: B V → the probabilities that remain (not normalised) and their ids, likeliest first."""
+        z, ids = scores.topk(min(self.top_k or scores.shape[1], scores.shape[1]), -1)
         p = (z / self.temperature).softmax(-1)
         if self.top_p is not None:
             p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv.decode.greedy import OneByOne
+from qkv.decode.rules import NEVER, Past
 from qkv.errors import QkvError
 from qkv.models import Module
 
@@ -22,7 +23,7 @@ class Session:
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int], room: int = 0) -> Tensor:
-        """The text is now `ids`, and may grow to `room` tokens → log p of the next token, 1 V in fp32."""
+        """The text is now `ids`, and may grow to `room` tokens → scores of the next token, 1 V in fp32."""
         if not ids:
             raise QkvError("a prompt needs at least one token")
         if max(room, len(ids)) > self.room:
@@ -30,10 +31,17 @@ class Session:
         same = shared(self.ids, ids)
         if same < len(self.ids):
             same -= self.state.rewind(self.beginning, same)
-            self.ids = self.ids[:same]
-        x = self.model.hidden(torch.tensor([list(ids[same:])], device=self.model.device), state=self.state)
-        self.ids = list(ids)
-        return self.model.logits(x[:, -1]).float().log_softmax(-1)
+        self.ids = self.ids[:same]
+        return self.more(ids[same:])
+
+    @torch.inference_mode()
+    def more(self, ids: Sequence[int]) -> Tensor:
+        """The text goes on with `ids` → as `feed`, without a look at what was fed before."""
+        if len(self.ids) + len(ids) > self.room:
+            return self.feed([*self.ids, *ids])
+        x = self.model.hidden(torch.tensor([list(ids)], device=self.model.device), state=self.state)
+        self.ids += ids
+        return self.model.logits(x[:, -1]).float()
 
     def begin(self, least: int) -> None:
         """An empty state."""
@@ -54,15 +62,20 @@ def stream(
     limit: int, ends: Collection[int] = (), seed: int = 0, session: Session | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """The ids that continue a prompt, one by one, to an end token (not given) or to `limit` of them."""
-    session, choose, ids = session or Session(model), search.chooser([seed]), list(prompt)
+    session, choose, room = session or Session(model), search.chooser([seed]), len(prompt) + limit - 1
+    past = Past(search.rules, [prompt], [limit], ends, model.device)
     model.eval()
-    row = torch.zeros(1, dtype=torch.long)
+    row, text, new = torch.zeros(1, dtype=torch.long), list[int](), list(prompt)
     for _ in range(limit):
-        token = int(choose(session.feed(ids, len(prompt) + limit - 1), row))
-        if token in ends:
+        # Only where another stream has used the session in between is the whole text looked at again.
+        scores = session.more(new) if session.ids is text else session.feed([*text, *new], room)
+        scores, text = past.ruled(scores), session.ids
+        token = int(choose(scores, row))
+        if token in ends or scores[0, token] == NEVER:
             return
         yield token
-        ids.append(token)
+        new = [token]
+        past.feed(torch.tensor(new))
 
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

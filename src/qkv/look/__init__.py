@@ -1,6 +1,7 @@
 """Pictures and tables of what a model is and does."""
 
 from qkv.look.attention import Attended, attend
+from qkv.look.differences import differences
 from qkv.look.inspection import Inspection, Node, inspect
 from qkv.look.pictures import attention_grid, attention_map, curves
 from qkv.look.run import write_report
@@ -13,6 +14,7 @@ __all__ = [
     "attention_grid",
     "attention_map",
     "curves",
+    "differences",
     "inspect",
     "write_report",
 ]

@@ -55,7 +55,7 @@ class Run:
         self.last: str | None = facts["last"]
         self.best: str | None = facts["best"]
         self.recipe: Recipe = load_spec(facts["recipe"], Recipe, str(folder / RUN))
-        self.tokenizers = Tokenizers.load(folder, self.recipe.data)
+        self.tokenizers = Tokenizers.load(folder, self.recipe.data.target_tokenizer is None)
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, base: Path, tokenizers: Tokenizers) -> "Run":
@@ -155,7 +155,10 @@ def open_task(name: str | Path, dtype: torch.dtype | str | None = None, *, last:
     if last:
         raise QkvError(f"{path} is no run, which alone has a last checkpoint beside its best")
     if (path / SPEC).is_file():
-        raise QkvError(f"{path} is a checkpoint without a tokenizer: name the run that it is a part of")
+        if not (path / "tokenizer.json").is_file():
+            raise QkvError(f"{path} is a checkpoint without a tokenizer: name the run that it is a part of")
+        joint = not (path / "target_tokenizer.json").is_file()
+        return Task(load(path, kind), Tokenizers.load(path, joint))
     return open_published(path, kind)
 
 

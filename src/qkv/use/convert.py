@@ -4,17 +4,22 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from qkv.checkpoints.directory import CONFIG
+from qkv.checkpoints.directory import CONFIG, read_table
 from qkv.checkpoints.export import save_pretrained
 from qkv.checkpoints.gguf_export import save_gguf
 from qkv.checkpoints.load import Source, load_published
 from qkv.checkpoints.opening import opened
 from qkv.checkpoints.pickled import Pickled
+from qkv.checkpoints.weights import save_model
+from qkv.checkpoints.whole import refuse_filled, whole_folder, write_text
 from qkv.errors import QkvError
+from qkv.models import Module
 from qkv.use.published import tokenizer_of
+from qkv.use.task import Task
 
 FILES = (".bin", ".pt", ".pth", ".safetensors", ".json", ".onnx", ".ggml")
 """Suffixes of files that are not written."""
@@ -28,10 +33,7 @@ def convert(
 
     `settings` are `key=value` for keys that its config.json lacks. `allow_pickle` reads the weights of a .bin file.
     """
-    if target.suffix in FILES:
-        raise QkvError(f"{target} is neither a directory, which has no such suffix, nor a file that ends in .gguf")
-    if target.exists() and (target.suffix == ".gguf" or not target.is_dir()):
-        raise QkvError(f"{target} exists: name a new one")
+    refuse(target)
     checkpoint: Source = Pickled(source) if allow_pickle and not is_safe(source) else opened(source, dtype)
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -56,7 +58,57 @@ def convert(
         return said
     tokenizer = tokenizer_of(checkpoint) if not checkpoint.path.is_dir() else None
     save_pretrained(model, target, tokenizer)
-    return [f"{target}: {model.count():,} parameters, {str(next(model.parameters()).dtype).removeprefix('torch.')}"]
+    return [told(model, target)]
+
+
+def convert_trained(task: Task, target: Path, *, kind: str = "F16") -> list[str]:
+    """The same for a model that qkv trained; a directory of one that no published family describes is in qkv's form."""
+    refuse(target)
+    if target.suffix == ".gguf":
+        with TemporaryDirectory() as folder:
+            published = Path(folder) / target.stem
+            save_pretrained(task.model, published, Beside(task))
+            return convert(published, target, kind=kind)
+    refuse_filled(target)
+    try:
+        save_pretrained(task.model, target, Beside(task))
+        return [told(task.model, target)]
+    except QkvError as fault:
+        with whole_folder(target) as part:
+            save_model(task.model, part)
+            task.tokenizers.save(part)
+        return [f"{told(task.model, target)}, in qkv's own form", f"  {fault}"]
+
+
+class Beside:
+    """What stands beside published weights: the tokenizer, and what begins an answer to a text."""
+
+    def __init__(self, task: Task) -> None:
+        if not task.tokenizers.joint:
+            raise QkvError(
+                "no published family has such a tokenizer for each side, so other tools cannot load the model"
+            )
+        before, after = task.frame
+        self.tokenizer = task.source.framed(bool(before), bool(after))
+        forced = {"forced_bos_token_id": None, "forced_eos_token_id": None}  # whatever the family's preset says
+        self.start = {"decoder_start_token_id": task.begin[0], **forced} if task.pairs else {}
+
+    def save(self, path: Path) -> None:
+        self.tokenizer.save(path)
+        file = path / "generation_config.json"
+        write_text(file, json.dumps(read_table(file) | self.start, indent=2))
+
+
+def refuse(target: Path) -> None:
+    """Refuse a path that is of neither kind, or taken."""
+    if target.suffix in FILES:
+        raise QkvError(f"{target} is neither a directory, which has no such suffix, nor a file that ends in .gguf")
+    if target.exists() and (target.suffix == ".gguf" or not target.is_dir()):
+        raise QkvError(f"{target} exists: name a new one")
+
+
+def told(model: Module, target: Path) -> str:
+    return f"{target}: {model.count():,} parameters, {str(next(model.parameters()).dtype).removeprefix('torch.')}"
 
 
 def is_safe(path: Path) -> bool:

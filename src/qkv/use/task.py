@@ -4,6 +4,7 @@ import dataclasses as dc
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from qkv.decode.stream import until
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Module
 from qkv.parts.head import Classifier, VocabularyHead
+
+S = TypeVar("S", bound=Search)
 
 
 @dc.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Manner:
     """How a checkpoint wants to be used."""
 
     search: Search = dc.field(default_factory=Greedy)
+    """Its rules are heeded whatever search is taken, but for those of a kind that the search has itself."""
     begin: tuple[int, ...] = ()
     """The ids with which a decoder that reads a memory begins; () is the tokenizer's begin token."""
     longest: int | None = None
@@ -113,6 +117,17 @@ class Task:
 
     # --- texts to texts ---
 
+    @property
+    def usual(self) -> OneByOne:
+        """How it continues a text that is given as it is made: no beam does that."""
+        return self.manner.search if isinstance(self.manner.search, OneByOne) else Greedy()
+
+    def heeding(self, search: S) -> S:
+        """The same search, with the checkpoint's own rules."""
+        own = {type(rule) for rule in search.rules}
+        more = tuple(rule for rule in self.manner.search.rules if type(rule) not in own)
+        return dc.replace(search, rules=(*search.rules, *more))
+
     def predict(
         self, texts: Sequence[str], search: Search | None = None, *, batch: int = 64, tokens: int = 200
     ) -> list[list[Prediction]]:
@@ -164,7 +179,8 @@ class Task:
         else:
             memory, prompts = None, ids
             limits = [self.fitting(tokens, len(row)) for row in ids]
-        found = decode(model, prompts, search, limits=limits, end=self.target.ends, memory=memory, seeds=rows)
+        how = self.heeding(search)
+        found = decode(model, prompts, how, limits=limits, end=self.target.ends, memory=memory, seeds=rows)
         return [[Prediction(self.target.decode(h.ids), h.score, h.ids) for h in row] for row in found]
 
     @torch.inference_mode()
@@ -196,11 +212,10 @@ class Task:
         """The text that continues a prompt, as it is made; it ends before any of the `stop` strings."""
         if not self.continues:
             raise QkvError("only a decoder continues a text: `qkv predict` does what this model was made for")
-        usual = self.manner.search if isinstance(self.manner.search, OneByOne) else Greedy()
         if "" in stop:
             raise QkvError("an empty stop string would end every text: leave it out")
-        limit = self.fitting(tokens, len(ids))
-        made = stream(self.model, ids, search or usual, limit=limit, ends=self.target.ends, seed=seed, session=session)
+        how, limit = self.heeding(search or self.usual), self.fitting(tokens, len(ids))
+        made = stream(self.model, ids, how, limit=limit, ends=self.target.ends, seed=seed, session=session)
         yield from until(written(self.target.stream(), made), stop)
 
     def fill(self, text: str) -> Prediction:

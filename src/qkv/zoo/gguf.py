@@ -10,7 +10,7 @@ A row of a table of keys is read both ways. KEY stands in the file behind the ar
     ~ KEY [VALUE]           changes no number; written where there is a value, since readers ask for it
 
 `rotary_width` is how many values of a head turn. It, the bases and the keys of ROPE_KEYS make up config.json's
-`rope_parameters` (`checkpoints/gguf_model.py`). What is usual is not written. Tables of names are as in
+`rope_parameters` (`checkpoints/gguf_rope.py`). What is usual is not written. Tables of names are as in
 `checkpoints/names.py`.
 """
 
@@ -103,6 +103,7 @@ GPT2 = """
     # vocab_size                        token_embd.weight
     : activation_function               "gelu_new"
     ! attention.causal                  true
+    ~ pooling_type
 """
 
 NEOX = """
@@ -119,6 +120,7 @@ NEOX = """
     # vocab_size                        token_embd.weight
     : hidden_act                        "gelu"
     ! attention.causal                  true
+    ~ pooling_type
 """
 
 MAMBA = """
@@ -132,6 +134,7 @@ MAMBA = """
     vocab_size                          vocab_size
     # vocab_size                        token_embd.weight
     ! ssm.dt_b_c_rms                    false
+    ~ pooling_type
     ~ context_length                    1048576
     ~ feed_forward_length               0
     ~ attention.head_count              0
@@ -233,7 +236,10 @@ ALWAYS_F32 = ("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """`general.file_type` by the type of most matrices."""
 
-# --- tokenizers that pair bytes ---
+POOLING = {"mean": 1, "first": 2, "last": 3}
+"""`pooling_type` by what a pool takes of a text's tokens."""
+
+# --- tokenizers ---
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """`tokenizer.ggml.token_type`."""
@@ -242,6 +248,9 @@ SPECIAL = {
     "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls", "mask": "mask",
 }  # fmt: skip
 """The special tokens of tokenizer_config.json, as `tokenizer.ggml.*_token_id` spells them."""
+
+BERT_TOKENS = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+"""Those that a BERT has where its tokenizer_config.json does not say."""
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -22,6 +22,11 @@ def rotary(c: Config, *, layers: str | None = None, theta: float = 10000.0, frac
 
 
 def scaling(c: Config, table: Config) -> Scaling | None:
+    """What `rope_type` (formerly `type`) of the table says, of which "longrope" was "su" before.
+
+    The length that a model was trained on may stand outside the table; where it is not given at all, and for "dynamic"
+    always, it is the longest text that the model takes.
+    """
     kind = table.text("rope_type", table.text("type", "default"))
     longest = c.integer("max_position_embeddings", 2048)
     trained = table.integer("original_max_position_embeddings", c.integer("original_max_position_embeddings", longest))

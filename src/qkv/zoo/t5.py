@@ -1,4 +1,7 @@
-"""T5: an encoder and a decoder, pre-norm, without biases, a table of relative positions for each (Raffel 2020)."""
+"""T5: an encoder and a decoder, pre-norm, without biases, a table of relative positions for each (Raffel 2020).
+
+mT5 is 1.1 in many languages (Xue 2021).
+"""
 
 from typing import Any
 
@@ -63,7 +66,7 @@ def names(spec: EncoderDecoder | Sequence) -> str:
     return table.replace("{wi,wo}", "{wi_0,wi_1,wo}").replace("{up,down}", "{gate,up,down}") if gated else table
 
 
-@family("t5", names=names)
+@family("t5", "mt5", names=names)
 def t5(c: Config) -> Model:
     """T5 1.0, whose head reads the embedding's table times C^(−1/2), and 1.1, gated and with a head of its own.
 
@@ -91,7 +94,7 @@ def t5(c: Config) -> Model:
     block = Block(attn=attention(), cross=attention(over="memory"), ffn=branch(ffn))
     decoder = stack(block, c.depth("num_decoder_layers", depth), both=False)
     top = head(c, width)
-    if c.values.get("architectures") == ["T5EncoderModel"]:
+    if c.values.get("architectures") in (["T5EncoderModel"], ["MT5EncoderModel"]):
         return Sequence(width=width, embed=tokens, stack=encoder, mask=Full(), norm=norm)
     return EncoderDecoder(
         width=width, source=tokens, encoder=encoder, decoder=decoder, encoder_norm=norm, decoder_norm=norm, head=top
@@ -100,7 +103,7 @@ def t5(c: Config) -> Model:
 
 def feedforward(c: Config) -> Mixer:
     """`feed_forward_proj` names the activation, with `gated-` before it where a second matrix is the gate."""
-    hidden, said = c.integer("d_ff"), c.text("feed_forward_proj", "relu")
+    hidden, said = c.integer("d_ff"), c.text("feed_forward_proj", "gated-gelu" if multilingual(c) else "relu")
     gate, _, name = said.rpartition("-")
     name = "gelu_new" if said == "gated-gelu" else name
     if name not in ACTIVATIONS or gate not in ("", "gated"):
@@ -110,10 +113,17 @@ def feedforward(c: Config) -> Mixer:
     return Gated(hidden, act=ACTIVATIONS[name]) if gate else FeedForward(hidden, act=ACTIVATIONS[name], bias=False)
 
 
+def multilingual(c: Config) -> bool:
+    return bool(c.values.get("model_type") == "mt5")
+
+
 def head(c: Config, width: int) -> Output | None:
-    """The package has come to call every model tied; then `scale_decoder_outputs` and the file tell 1.1 from 1.0."""
+    """The package has come to call every model tied; then `scale_decoder_outputs` and the file tell 1.1 from 1.0.
+
+    Of mT5, which is never scaled, it always did.
+    """
     said = c.flag("tie_word_embeddings", True)
-    scaled = c.flag("scale_decoder_outputs", said)
+    scaled = c.flag("scale_decoder_outputs", said and not multilingual(c))
     own = "lm_head.weight" in c.keys and not (said and scaled)
     first = c.values.get("architectures") == ["T5WithLMHeadModel"]  # as it was called
     match "ConditionalGeneration" if first else c.task:
@@ -124,7 +134,7 @@ def head(c: Config, width: int) -> Output | None:
             return Span()
         case "":
             return None
-    raise QkvError(f"qkv knows no t5 model for {c.task}")
+    raise QkvError(f"qkv knows no {c.values.get('model_type')} model for {c.task}")
 
 
 def sized(width: int, heads: int, depth: int, hidden: int, **changes: Any) -> dict[str, Any]:
@@ -153,3 +163,10 @@ def base() -> dict[str, Any]:
 def small_gated() -> dict[str, Any]:
     """8 + 8 layers 512 wide, 77 M parameters, trained on C4 alone."""
     return sized(512, 6, 8, 1024, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
+@preset("mt5-small")
+def small_multilingual() -> dict[str, Any]:
+    """8 + 8 layers 512 wide for 101 languages, 300 M parameters (Xue 2021)."""
+    gated = sized(512, 6, 8, 1024, feed_forward_proj="gated-gelu", tie_word_embeddings=False, vocab_size=250112)
+    return {**gated, "model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}

@@ -17,13 +17,13 @@ def spans(theta: float | Tensor, width: int, like: Tensor) -> Tensor:
 class Scaling(Spec):
     """The rates r_i, radians per token, of the K/2 pairs of a head; without a scaling they are 1 / s_i = θ^(−2i/K).
 
-    In a config.json it is the table `rope_parameters` (formerly `rope_scaling`); `rope_type` (formerly `type`) says
-    which. Two scalings, `NTKScaling` and `LongRope`, depend on how long the text is. Their rule is: the tokens of one
-    pass turn at the rates of their row's length at the end of that pass, padding not counted. So a pass over a whole
-    text has the rates of its length, and no row depends on those beside it. As long as a row has not outgrown
-    `trained`, feeding it in pieces gives what feeding it whole gives. Beyond that no cache can: keys keep the rotation
-    with which they were written, as in the reference library, while a pass over the whole would turn them all anew.
-    Where that matters, feed a row that crosses `trained` again from its beginning.
+    `trained` is how many tokens long the texts were that the model was trained on. Two scalings, `NTKScaling` and
+    `LongRope`, depend on how long the text is. Their rule is: the tokens of one pass turn at the rates of their row's
+    length at the end of that pass, padding not counted. So a pass over a whole text has the rates of its length, and no
+    row depends on those beside it. As long as a row has not outgrown `trained`, feeding it in pieces gives what feeding
+    it whole gives. Beyond that no cache can: keys keep the rotation with which they were written, as in the reference
+    library, while a pass over the whole would turn them all anew. Where that matters, feed a row that crosses `trained`
+    again from its beginning.
     """
 
     def fits(self, width: int) -> None:
@@ -50,10 +50,7 @@ def positive(scaling: Scaling, *names: str) -> None:
 
 @part("linear-scaling")
 class LinearScaling(Scaling):
-    """r_i = 1 / (factor s_i): position t is read as t / factor (Chen 2023, position interpolation).
-
-    `rope_type` is "linear"; `factor` is the key of that name.
-    """
+    """r_i = 1 / (factor s_i): position t is read as t / factor (position interpolation, Chen 2023)."""
 
     factor: float
 
@@ -68,9 +65,8 @@ class LinearScaling(Scaling):
 class NTKScaling(Scaling):
     """θ grows with the length n of the text: θ (factor n / trained − (factor − 1))^(K/(K−2)) where n > trained.
 
-    The slowest pair is then interpolated and the fastest left alone (bloc97 and emozilla 2023, "dynamic NTK";
-    Peng 2024, appendix B.2). `rope_type` is "dynamic"; `factor` is the key of that name, `trained` is
-    `max_position_embeddings`. See `Scaling` for what a cache does past `trained`.
+    The slowest pair is then interpolated and the fastest left alone ("NTK-aware", bloc97 2023; with n "dynamic NTK",
+    emozilla 2023; Peng 2023, appendix B.2). See `Scaling` for what a cache does past `trained`.
     """
 
     factor: float
@@ -92,9 +88,8 @@ class NTKScaling(Scaling):
 class BandScaling(Scaling):
     """Long waves are slowed by `factor`, short ones kept, and those between blended: r_i = ((1 − b)/factor + b) / s_i.
 
-    b = (trained / λ_i − low) / (high − low), kept in [0, 1], with the wavelength λ_i = 2π s_i in tokens (Llama 3.1,
-    Dubey 2024). `rope_type` is "llama3"; `factor` is the key of that name, `low` is `low_freq_factor`, `high` is
-    `high_freq_factor`, `trained` is `original_max_position_embeddings`.
+    b = (trained / λ_i − low) / (high − low), kept in [0, 1], with the wavelength λ_i = 2π s_i in tokens (Dubey 2024):
+    a pair that makes fewer than `low` turns in `trained` tokens is slow, one that makes more than `high` is not.
     """
 
     factor: float
@@ -116,14 +111,12 @@ class BandScaling(Scaling):
 
 @part("yarn")
 class YaRN(Scaling):
-    """Pairs that turn often over the trained length keep their rate, slow ones are interpolated (Peng 2024).
+    """Pairs that turn often over the trained length keep their rate, slow ones are interpolated (YaRN, Peng 2023).
 
     r_i = (1 − b) / (factor s_i) + b / s_i, where b falls linearly from 1 at the pair that makes `fast` turns in
     `trained` tokens to 0 at the one that makes `slow`; `truncate` rounds these two outwards to whole pairs. cos and sin
     are multiplied by `attention_factor`: if it is None, by m(1) with m(a) = 0.1 a ln factor + 1, or where both numbers
-    are given (DeepSeek-V2) by m(numerator) / m(denominator). `rope_type` is "yarn"; `factor`, `attention_factor` and
-    `truncate` are the keys of those names, `fast` is `beta_fast`, `slow` is `beta_slow`, `numerator` is `mscale`,
-    `denominator` is `mscale_all_dim`, and `trained` is `original_max_position_embeddings`.
+    are given by m(numerator) / m(denominator).
     """
 
     factor: float
@@ -168,10 +161,7 @@ class LongRope(Scaling):
     """A divisor of its own for each pair: r_i = 1 / (short_i s_i), or long_i where the text outgrows `trained`.
 
     cos and sin are multiplied by `attention_factor`, at any length: if it is None by √(1 + ln factor / ln trained)
-    (Ding 2024; Phi-3). `rope_type` is "longrope" (formerly "su"); `short` is `short_factor`, `long` is `long_factor`,
-    `attention_factor` is the key of that name, and `trained` is `original_max_position_embeddings`, which may stand
-    outside the table; `factor` is the key of that name, or `max_position_embeddings` / `trained` where there is none.
-    See `Scaling` for what a cache does past `trained`.
+    (LongRoPE, Ding 2024). See `Scaling` for what a cache does past `trained`.
     """
 
     short: tuple[float, ...]
