@@ -6,8 +6,8 @@ from pathlib import Path
 import qkv
 
 ORDER = [
-    *("cli", "serve", "look", "train", "recipes", "use", "decode", "objectives", "data", "adapt", "checkpoints"),
-    *("zoo", "models", "parts", "state", "ops", "context", "masks", "spec", "errors"),
+    *("cli", "serve", "look", "train", "recipes", "use", "decode", "objectives", "data", "native", "adapt"),
+    *("checkpoints", "zoo", "models", "parts", "state", "ops", "context", "masks", "spec", "errors"),
 ]
 ROOT = Path(qkv.__file__).parent
 

@@ -17,10 +17,11 @@ from qkv.errors import QkvError
 from qkv.spec import Spec, diff, dump, edit, part
 
 if TYPE_CHECKING:
-    from qkv import decode, masks, models, parts, train, use, zoo
+    from qkv import adapt, decode, masks, models, parts, train, use, zoo
     from qkv.checkpoints.export import save_pretrained
     from qkv.context import Tap
     from qkv.look.inspection import inspect
+    from qkv.native import fast, slow
     from qkv.train.run import Run, load
     from qkv.train.run import open_task as open
     from qkv.use import Task
@@ -30,8 +31,8 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    "QkvError", "Run", "Spec", "Tap", "Task", "decode", "diff", "dump", "edit", "inspect", "load",
-    "masks", "models", "open", "part", "parts", "preset", "save_pretrained", "train", "use", "zoo",
+    "QkvError", "Run", "Spec", "Tap", "Task", "adapt", "decode", "diff", "dump", "edit", "fast", "inspect", "load",
+    "masks", "models", "open", "part", "parts", "preset", "save_pretrained", "slow", "train", "use", "zoo",
 ]
 # fmt: on
 
@@ -39,12 +40,14 @@ _LATER = {
     "Run": ("qkv.train", "Run"),
     "Tap": ("qkv.context", "Tap"),
     "Task": ("qkv.use", "Task"),
+    "fast": ("qkv.native", "fast"),
     "inspect": ("qkv.look.inspection", "inspect"),
     "load": ("qkv.train.run", "load"),
     "open": ("qkv.train.run", "open_task"),
     "save_pretrained": ("qkv.checkpoints.export", "save_pretrained"),
     "preset": ("qkv.zoo", "spec_of"),
-    **{room: (f"qkv.{room}", None) for room in ("decode", "masks", "models", "parts", "train", "use", "zoo")},
+    "slow": ("qkv.native", "slow"),
+    **{room: (f"qkv.{room}", None) for room in ("adapt", "decode", "masks", "models", "parts", "train", "use", "zoo")},
 }
 
 

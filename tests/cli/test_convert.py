@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from qkv.cli import main
+from qkv.errors import QkvError
 from qkv.train import Trainer, load_recipe, start
 from qkv.train.run import open_task
 from tests.train.small import RECIPE, write_data
@@ -169,6 +170,27 @@ def test_a_model_of_no_family_stays_ours(run: str, why: str, qkv: Qkv, tmp_path:
     done = qkv("convert", run, tmp_path / "out.gguf")
     assert (done.code, done.out) == (2, "") and done.err.startswith(f"qkv: {why}")
     assert sorted(os.listdir(tmp_path)) == ["again", "out"]
+
+
+@torch.no_grad()
+def test_a_run_with_weights_of_fewer_bits(qkv: Qkv, tmp_path: Path) -> None:
+    before = open_task("llama")
+    first, second, third, *left = qkv("convert", "llama", tmp_path / "out", "--quantize", "int8").out.splitlines()
+    assert first.startswith(f"{tmp_path / 'out'}: {before.model.count():,} parameters in 0.0 MB, before in 0.1 MB")
+    assert second.startswith("  matrices: 13 in Q8_0; only qkv loads them")
+    assert third.startswith("  perplexity ") and left[0].startswith("  as they were, with rows that are no multiple")
+    after = open_task(tmp_path / "out", packed=True)
+    ids = torch.tensor([before.encode(LINES[0])])
+    assert 0 < relative(after.model(ids), before.model(ids)) < 0.05
+    assert [after.encode(text) for text in ASKED] == [before.encode(text) for text in ASKED]
+    assert sorted(os.listdir(tmp_path / "out")) == ["model.safetensors", "spec.json", "tokenizer.json"]
+    with pytest.raises(QkvError, match="llama keeps no weights packed"):
+        open_task("llama", packed=True)
+    done = qkv("convert", "llama", tmp_path / "x.gguf", "--quantize", "int8", "--type", "Q8_0")
+    assert done.code == 2 and "--quantize writes a directory and --type a .gguf file: give one of them" in done.err
+    done = qkv("convert", "llama", tmp_path / "x", "--quantize", "int9")
+    assert done.code == 2 and "not to 'int9'; did you mean" in done.err
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_what_is_there_is_left_alone(qkv: Qkv, runs: Path, tmp_path: Path) -> None:

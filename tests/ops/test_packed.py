@@ -50,6 +50,16 @@ def test_products_and_rows_are_those_of_the_plain_matrix(format: str, monkeypatc
     assert not torch.equal(weight, plain) and not torch.equal(weight, plain[:10])
 
 
+def test_a_product_with_the_matrix_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SLICE", 3 * WIDTH)
+    weight, x, out = made("Q4_1", 11), torch.randn(4, 11), torch.full((4, WIDTH), 7.0)
+    close(torch.mm(x, weight), x @ weight.dequantise())
+    torch.mm(x, weight, out=out)
+    close(out, x @ weight.dequantise())
+    with pytest.raises(QkvError, match="they are no activations themselves"):
+        torch.mm(weight, torch.ones(WIDTH, 2))
+
+
 def test_no_slice_is_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 

@@ -1,18 +1,24 @@
 """From one form to another: the same numbers, the same texts, or one sentence and nothing written."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from qkv.checkpoints.load import load_directory
 from qkv.errors import QkvError
-from qkv.use import open_published
+from qkv.ops.blocks.packed import Packed
+from qkv.use import fidelity, open_published
 from qkv.use.convert import convert
+from qkv.use.fidelity import texts
 from tests.use import small
 from tests.use.small import SENTENCES
 from tests.zoo.parity import relative
@@ -158,6 +164,126 @@ def test_safetensors_are_read_before_pickles(tmp_path: Path) -> None:
     small.bert(tmp_path / "a")
     torch.save({"x": Evil()}, tmp_path / "a" / "pytorch_model.bin")
     assert says(tmp_path / "a", tmp_path / "b", allow_pickle=True).endswith("float32")
+
+
+# --- weights of fewer bits ---
+
+
+@pytest.mark.parametrize(("bits", "least"), [("int8", 0.97), ("int4", 0.6), ("bf16", 0.97)])
+@torch.inference_mode()
+def test_a_quantised_decoder_and_what_that_cost_it(bits: str, least: float, tmp_path: Path) -> None:
+    theirs = small.llama(tmp_path / "a", chat=True, **EVEN)
+    for x in theirs.parameters():
+        x.mul_(0.3)
+    theirs.save_pretrained(tmp_path / "a")
+    first, second, third = says(tmp_path / "a", tmp_path / "b", bits=bits).splitlines()
+    size = sum(x.numel() for x in theirs.parameters()) * 4 / 1e6
+    assert first.startswith(f"{tmp_path / 'b'}: {theirs.num_parameters():,} parameters in ")
+    assert first.endswith(f" MB, before in {size:,.1f} MB")
+    assert second.startswith("  matrices: ") and "only qkv loads them" in second
+    found = re.fullmatch(
+        r"  perplexity ([\d.]+), before ([\d.]+); ([\d.]+)% of the likeliest tokens as before; "
+        r"measured on 2,048 tokens of Python's documentation",
+        third,
+    )
+    assert found is not None
+    after, before, same = map(float, found.groups())
+    # The same by hand, from transformers and from the weights that the blocks stand for.
+    tasks, nats, best = [open_published(tmp_path / name) for name in "ab"], [0.0, 0.0], [[], []]
+    read = texts(tasks[0])
+    assert sum(len(row) - 1 for row in read) == 2048 and {len(row) for row in read[:-1]} == {256}
+    assert all(row[0] == 0 for row in read)
+    for row in read:
+        ids = torch.tensor([row])
+        for n, z in enumerate((theirs(ids).logits, tasks[1].model(ids))):
+            nats[n] += float(F.cross_entropy(z[0, :-1], ids[0, 1:], reduction="sum"))
+            best[n].append(z[0, :-1].argmax(-1))
+    for told, one in ((before, nats[0]), (after, nats[1])):
+        assert abs(told - math.exp(one / 2048)) < 0.01
+    agree = float((torch.cat(best[0]) == torch.cat(best[1])).float().mean())
+    assert abs(same / 100 - agree) < 2e-3 and least < agree < 1 and before != after
+    assert tasks[0].target.templates == tasks[1].target.templates and tasks[1].target.ends == tasks[0].target.ends
+    assert says(tmp_path / "b", tmp_path / "c") == f"{tmp_path / 'c'}: {theirs.num_parameters():,} parameters, float32"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert relative(plain(ids).logits, tasks[1].model(ids)) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_quantised_encoder_keeps_its_directions(tmp_path: Path) -> None:
+    small.bert(tmp_path / "a", **EVEN)
+    said = says(tmp_path / "a", tmp_path / "b", bits="int4").splitlines()[-1]
+    found = re.fullmatch(
+        r"  hidden vectors with a mean cosine of ([\d.]+) to those before; measured on ([\d,]+) tokens of .*", said
+    )
+    assert found is not None
+    one, two = (open_published(tmp_path / name) for name in "ab")
+    cosines = torch.cat([
+        F.cosine_similarity(*(task.model.hidden(torch.tensor([row]))[0] for task in (one, two))) for row in texts(one)
+    ])  # fmt: skip
+    assert abs(float(found[1]) - float(cosines.mean())) < 2e-5 and 0.9 < float(found[1]) < 1
+    assert int(found[2].replace(",", "")) == len(cosines) and max(map(len, texts(one))) == one.room == 96
+
+
+def test_a_quantised_encoder_decoder(tmp_path: Path) -> None:
+    small.t5(tmp_path / "a", d_model=32, d_ff=64, d_kv=8)
+    said = says(tmp_path / "a", tmp_path / "b", bits="int8").splitlines()[-1]
+    assert re.fullmatch(r"  [\d.]+% of the likeliest tokens as before; measured on [\d,]+ tokens of .*", said)
+    one, two = (open_published(tmp_path / name) for name in "ab")
+    assert two.begin == one.begin and len(two.predict(SENTENCES, tokens=9)) == 4
+
+
+def test_blocks_of_as_few_bits_are_not_rounded_again(tmp_path: Path) -> None:
+    small.llama(tmp_path / "a", **EVEN)
+    says(tmp_path / "a", tmp_path / "b.gguf", kind="Q4_0")
+    said = says(tmp_path / "b.gguf", tmp_path / "c", bits="int4")
+    assert "15 in Q4_0, 1 in Q8_0" in said and "100.0% of the likeliest" in said
+    packed, kept = open_published(tmp_path / "b.gguf", packed=True).model, open_published(tmp_path / "c").model
+    for name, x in packed.state_dict().items():
+        if isinstance(x, Packed) and x.format == "Q4_0":
+            assert torch.equal(kept.state_dict()[name].blocks, x.blocks)
+
+
+def test_rows_that_no_block_fits_are_named(tmp_path: Path) -> None:
+    small.gpt2(tmp_path / "a")
+    said = says(tmp_path / "a", tmp_path / "b", bits="int4").splitlines()[-1]
+    assert said.startswith("  as they were, with rows that are no multiple of 32: embed.tokens.weight, stack.0.attn")
+    small.llama(tmp_path / "c")
+    with pytest.raises(QkvError, match="would hold nothing packed: no row of the model's weights is a multiple of 32"):
+        says(tmp_path / "c", tmp_path / "d", bits="int8")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def test_where_nothing_can_be_measured_that_is_said(tmp_path: Path) -> None:
+    small.llama(tmp_path / "a", **EVEN)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "a" / name).unlink()
+    said = says(tmp_path / "a", tmp_path / "b", bits="int8").splitlines()[-1]
+    assert said.startswith("  the error was not measured: ") and "tokenizer" in said
+    assert isinstance(load_directory(tmp_path / "b").wiring.embed.table, Packed)
+
+
+def test_no_more_is_read_than_there_is_time_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.llama(tmp_path, **EVEN)
+    task = open_published(tmp_path)
+    monkeypatch.setattr(fidelity, "SECONDS", -1.0)
+    first = fidelity.read(task)
+    assert len(first.texts) == 1 and first.tokens == 255
+    again = fidelity.read(task, texts(task)[:3])
+    assert len(again.texts) == 3 and again.tokens == 765  # what is given is read
+    same = fidelity.read(task, first.texts)
+    assert same.nats == first.nats and "100.0% of the likeliest" in fidelity.compared(task, first, same)
+
+
+@pytest.mark.parametrize(("target", "bits", "words"), [
+    ("b", "int3", "weights are quantised to int8, int4, bf16, not to 'int3'; did you mean 'int"),
+    ("b.gguf", "int8", "--quantize writes a directory for qkv; for a .gguf file there is --type Q4_1"),
+    ("a", "int8", "a exists and is not an empty folder"),
+])  # fmt: skip
+def test_what_cannot_be_quantised(target: str, bits: str, words: str, tmp_path: Path) -> None:
+    small.llama(tmp_path / "a", **EVEN)
+    with pytest.raises(QkvError, match=words):
+        says(tmp_path / "a", tmp_path / target, bits=bits)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 # --- targets ---

@@ -31,12 +31,15 @@ LARGEST, MOST = 2**24, 2**18
 class Directory:
     """Tensors by the names of the file, mapped into memory: a tensor is read from disk when it is used."""
 
+    single = SINGLE
+    """The file of weights, where there is one."""
+
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.config: dict[str, Any] = read_table(folder / CONFIG)
         self.file_of: dict[str, Any] = {}
         said = self.index()
-        files = {name: self.mapped(folder / name) for name in sorted(set(said.values())) or [SINGLE]}
+        files = {name: self.mapped(folder / name) for name in sorted(set(said.values())) or [self.single]}
         for name, file in files.items():
             for key in list(file.keys()):
                 if said.get(key, name) != name or key in self.file_of:
@@ -50,7 +53,7 @@ class Directory:
 
     def index(self) -> dict[str, str]:
         """Tensor → file as the index says; empty where there is one file of weights and no index."""
-        if (self.path / SINGLE).is_file():
+        if (self.path / self.single).is_file():
             return {}
         if not (self.path / INDEX).is_file():
             pickles = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
@@ -59,7 +62,9 @@ class Directory:
                     f"{pickles[0]} is a pickle, which can run code when it is opened; if you trust it, "
                     f"`qkv convert {self.path} NEW --allow-pickle` reads its weights alone and writes safetensors"
                 )
-            raise QkvError(f"{self.path} has no {SINGLE} beside its {CONFIG}: the folder is incomplete, copy it again")
+            raise QkvError(
+                f"{self.path} has no {self.single} beside its {CONFIG}: the folder is incomplete, copy it again"
+            )
         names = read_table(self.path / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise QkvError(f"{self.path / INDEX} has no table weight_map from tensors to files")

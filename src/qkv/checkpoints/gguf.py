@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qkv.errors import QkvError
 from qkv.ops.blocks import dequantise, size, type_name
+from qkv.ops.blocks.layout import FLOATS
 from qkv.spec import nearest
 
 MAGIC, VERSION = b"GGUF", 3
@@ -100,6 +101,12 @@ class GGUF:
         if weights.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
             self._release(entry)
         return weights
+
+    def release(self) -> None:
+        """Give back the memory of all tensors in blocks; they are read from the file again where they are used."""
+        for entry in self.tensors.values():
+            if entry.type not in FLOATS:  # of those, parts of a model may be views that have been written to
+                self._release(entry)
 
     def _release(self, entry: GGUFTensor) -> None:
         """Give back the memory of a tensor's whole pages, which the system would read again from the file."""

@@ -50,6 +50,10 @@ class GGUFModel:
         except QkvError as fault:
             raise fault if str(fault).startswith(str(self.path)) else QkvError(f"{self.path}: {fault}") from None
 
+    def release(self) -> None:
+        """Give back the memory of what stays in its blocks, once it has been copied."""
+        self.file.release()
+
     @property
     def keys(self) -> list[str]:
         return list(self.file.tensors)

@@ -132,7 +132,10 @@ def wanted(asked: Asked, files: list[str]) -> list[str]:
 
 def weights_of(files: list[str]) -> list[str]:
     """The files of the weights: safetensors, whole or in shards with their index; pickles only where there is none."""
-    for end, stems in ((".safetensors", ("model", "adapter_model")), (".bin", ("pytorch_model", "adapter_model"))):
+    for end, stems in (
+        (".safetensors", ("model", "packed", "adapter_model")),
+        (".bin", ("pytorch_model", "adapter_model")),
+    ):
         for stem in stems:
             if stem + end in files:
                 return [stem + end]

@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from qkv.checkpoints.directory import CONFIG, Directory
-from qkv.checkpoints.names import Plan, parse, plan, read
+from qkv.checkpoints.directory import CONFIG
+from qkv.checkpoints.names import Plan, itself, parse, plan, read
+from qkv.checkpoints.packed import PackedDirectory, directory
 from qkv.checkpoints.sentence import vector_head
 from qkv.checkpoints.weights import empty
 from qkv.errors import QkvError
@@ -90,7 +91,8 @@ def load_published(source: Source, dtype: torch.dtype | None = None) -> Module:
 
 def described(source: Source) -> Model:
     """The spec of a checkpoint's model; no weight is read."""
-    spec = spec_from(source.config, () if isinstance(source, Foreign) else source.keys, str(told_by(source)))
+    theirs = () if isinstance(source, Foreign | PackedDirectory) else source.keys
+    spec = spec_from(source.config, theirs, str(told_by(source)))
     pooled = source.head if isinstance(source, Foreign) else vector_head(source.path)
     if pooled is not None and isinstance(spec, Sequence) and spec.head is None:
         spec = edit(spec, "head", pooled)
@@ -111,7 +113,12 @@ def numbers(source: Source, key: str) -> Tensor:
 
 
 def matched(source: Source, spec: Model, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Plan]:
-    """The first of the family's tables that covers the file."""
+    """The first of the family's tables that covers the file; "" for a file that has the model's own names."""
+    if isinstance(source, PackedDirectory):
+        try:
+            return "", plan(itself(shapes), shapes, source.keys)
+        except QkvError as fault:
+            raise QkvError(f"{source.path}: {fault}") from None
     faults = []
     for table in (source if isinstance(source, Foreign) else family_of(source.config)).tables(spec):
         try:
@@ -123,5 +130,5 @@ def matched(source: Source, spec: Model, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def load_directory(folder: Path, dtype: torch.dtype | None = None) -> Module:
-    """The model of a directory as the transformers package writes it."""
-    return load_published(Directory(folder), dtype)
+    """The model of a directory as the transformers package writes it, or `save_packed`."""
+    return load_published(directory(folder), dtype)

@@ -17,7 +17,7 @@ import dataclasses as dc
 import itertools
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -102,6 +102,11 @@ def parse(text: str) -> Table:
         source, target, *operations = words[alias:]
         rows += [Row(one, many, tuple(operations), alias) for one, many in written_out(source, target)]
     return Table(tuple(rows), tuple(patterns["~"]), tuple(patterns["+"]))
+
+
+def itself(names: Iterable[str]) -> Table:
+    """The table of a file that has a model's own names."""
+    return Table(tuple(Row(name, (name,), (), False) for name in names), (), ())
 
 
 def written_out(source: str, target: str) -> Iterator[tuple[str, tuple[str, ...]]]:

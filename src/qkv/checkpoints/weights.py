@@ -1,18 +1,21 @@
 """qkv's own form of a model: a folder with spec.json and model.safetensors."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qkv.checkpoints.packed import repacked, table_of
 from qkv.checkpoints.whole import unwritten
 from qkv.errors import QkvError
 from qkv.models import Model, Module
+from qkv.ops.blocks.packed import Packed
 from qkv.parts.linear import Linear
 from qkv.spec import dump, load
 
@@ -71,24 +74,29 @@ def fill(model: Module, tensors: dict[str, Tensor], path: Path) -> None:
         if tensors[name].shape != want.shape:
             found, expected = tuple(tensors[name].shape), tuple(want.shape)
             raise QkvError(f"{path}: {name!r} has the shape {found}, the model's is {expected}")
+        if tensors[name].is_floating_point() != want.is_floating_point():
+            raise QkvError(f"{path}: {name!r} holds {tensors[name].dtype}, the model's is {want.dtype}: copy it again")
     extra = sorted(set(tensors) - set(wanted))
     if extra:
         raise QkvError(f"{path} holds {extra[0]!r}, for which the model has no place ({len(extra)} such)")
     model.load_state_dict(tensors, assign=True)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors; a full disk becomes a `QkvError`."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, packed ones as the bytes of their blocks; a full disk becomes a `QkvError`."""
+    bytes_of = {name: x.blocks if isinstance(x, Packed) else x.detach() for name, x in tensors.items()}
+    said = {**(metadata or {}), **table_of(tensors)}
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        save_file({name: tensor.contiguous() for name, tensor in bytes_of.items()}, path, said or None)
     except (SafetensorError, OSError) as fault:
         raise unwritten(path, fault if isinstance(fault, OSError) else OSError(str(fault))) from fault
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file."""
+    """Read a safetensors file, which stays mapped; what was packed is again."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return repacked({name: file.get_tensor(name) for name in file.offset_keys()}, file.metadata(), path)
     except FileNotFoundError:
         raise QkvError(f"{path} does not exist: the folder is incomplete, copy it again") from None
     except (SafetensorError, OSError, ValueError) as fault:

@@ -17,6 +17,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="A directory's dtype: fp32, bf16 or fp16; left out, as it is.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Write a directory of packed weights, for qkv alone: int8, int4 or bf16.")
+    ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read the weights of a .bin file, and nothing else of it.")
     ] = False,
@@ -24,7 +27,10 @@ def convert(
         list[str] | None, typer.Option("--set", "-s", help="A key that config.json lacks: model_type=bert.")
     ] = None,
 ) -> None:
-    """Write a model for other tools: a directory that transformers loads, or a GGUF file that llama.cpp loads."""
+    """Write a model for other tools: a directory that transformers loads, or a GGUF file that llama.cpp loads.
+
+    With --quantize, write it for qkv in a fraction of the memory, and measure what that changes.
+    """
     from qkv.checkpoints.pull import resolve
     from qkv.checkpoints.weights import SPEC
     from qkv.train.run import RUN, dtype_of, open_task
@@ -34,13 +40,23 @@ def convert(
     gguf = target.suffix == ".gguf"
     if (gguf and dtype) or (kind and not gguf):
         raise QkvError("--type belongs to a .gguf file and --dtype to a directory")
+    if quantize and kind:
+        raise QkvError("--quantize writes a directory and --type a .gguf file: give one of them")
     kinds, path = {"kind": kind} if kind else {}, resolve(source)
     if (path / RUN).is_file() or (path / SPEC).is_file():
         if allow_pickle or setting:
             raise QkvError(f"{path} is qkv's own: --allow-pickle and --set belong to what others published")
-        lines = convert_trained(open_task(path, dtype), target, **kinds)
+        lines = convert_trained(open_task(path, dtype), target, bits=quantize, **kinds)
     else:
-        lines = write(path, target, dtype=dtype_of(dtype), allow_pickle=allow_pickle, settings=setting or [], **kinds)
+        lines = write(
+            path,
+            target,
+            dtype=dtype_of(dtype),
+            bits=quantize,
+            allow_pickle=allow_pickle,
+            settings=setting or [],
+            **kinds,
+        )
     for line in lines:
         print(line)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from qkv.cli.engine import Torch, opened
 from qkv.errors import QkvError
 
 if TYPE_CHECKING:
@@ -81,18 +82,18 @@ def predict(
     no_repeat: NoRepeat = None,
     tokens: Annotated[int, typer.Option(help="At most so many new tokens of a decoder.")] = 200,
     last: Annotated[bool, typer.Option("--last", help="Use the last checkpoint, not the best.")] = False,
+    torch: Torch = False,
     as_json: As_json = False,
 ) -> None:
     """Answer a text as the model was trained to: translate or continue it, fill its masks, name its class or those of
     its tokens; a model that finds answers takes a question and a text with a tab between them.
     """
     from qkv.parts.head import Span, Tagger
-    from qkv.train.run import open_task
     from qkv.use import extract
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     search, rules = searching(beam, n_best, length_penalty, sampling), ruling(repetition_penalty, no_repeat)
-    texts, task = lines(text), open_task(model, last=last)
+    texts, task = lines(text), opened(model, last=last, torch=torch, quiet=True)
     head = task.model.head.spec if task.model.head is not None else None
     if isinstance(head, Tagger):
         show_tags(task, texts, as_json)

@@ -4,15 +4,13 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from qkv.cli.engine import Torch, opened
 from qkv.cli.run import As_json, NoRepeat, RepetitionPenalty, lines, piped, ruled, ruling, sampled
 from qkv.errors import QkvError
-
-if TYPE_CHECKING:
-    from qkv.use import Task
 
 Model = Annotated[
     str, typer.Argument(help="A run, a directory, a .gguf file, or a name such as smollm2-135m-instruct.")
@@ -26,22 +24,6 @@ Seed = Annotated[int | None, typer.Option(help="The seed of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")]
 Adapter = Annotated[list[Path] | None, typer.Option(help="A PEFT LoRA directory to add. May be repeated.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; left out, as the file has it, GGUF in fp32.")]
-
-
-def opened(model: str, dtype: str | None, adapters: list[Path] | None = None) -> "Task":
-    """The model with its tokenizer and adapters; what it is goes to stderr."""
-    from qkv.train.run import open_task
-
-    task = open_task(model, dtype)
-    for folder in adapters or []:
-        from qkv.adapt import load_adapter
-
-        load_adapter(task.model, folder, folder.resolve().name.replace(".", "-"))
-    kind = str(next(task.model.parameters()).dtype).removeprefix("torch.")
-    print(f"{task.model.count():,} parameters, {kind}", file=sys.stderr)
-    if task.continues and task.manner.unheeded:
-        print(f"qkv does not follow its settings {', '.join(task.manner.unheeded)}", file=sys.stderr)
-    return task
 
 
 def show(pieces: Iterable[str]) -> str:
@@ -68,6 +50,7 @@ def generate(
     stop: Stop = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    torch: Torch = False,
     as_json: As_json = False,
 ) -> None:
     """Continue a text, printed as it is made. Greedy, unless the checkpoint or an option says otherwise."""
@@ -75,7 +58,7 @@ def generate(
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampled(asked)  # refuses what cannot be before a model is opened
     rules = ruling(repetition_penalty, no_repeat)
-    task = opened(model, dtype, adapter)
+    task = opened(model, dtype, adapter, torch=torch)
     search = ruled(sampled(asked, task.manner.search), task.usual, rules)
     ids = task.encode(prompt)
     pieces = task.stream(ids, search, tokens=tokens, stop=stop or [])
@@ -98,6 +81,7 @@ def chat(
     no_repeat: NoRepeat = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    torch: Torch = False,
 ) -> None:
     """Talk with a model in its own chat template; an empty line or Ctrl-D ends. Piped in, each line is a message."""
     from qkv.use import Chat
@@ -105,7 +89,7 @@ def chat(
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampled(asked)  # refuses what cannot be before a model is opened
     rules = ruling(repetition_penalty, no_repeat)
-    task = opened(model, dtype, adapter)
+    task = opened(model, dtype, adapter, torch=torch)
     talk = Chat(task, system, ruled(sampled(asked, task.manner.search), task.usual, rules))
     while True:
         if sys.stdin.isatty():
@@ -124,6 +108,7 @@ def embed(
     batch: Annotated[int, typer.Option(help="So many texts side by side.")] = 32,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    torch: Torch = False,
 ) -> None:
     """Turn texts into vectors: JSON lines, a NumPy array, or how alike the texts are."""
     from qkv.checkpoints.whole import whole_file
@@ -132,7 +117,7 @@ def embed(
     if out is not None and out.suffix != ".npy":
         raise QkvError(f"the vectors are written as a NumPy array: name a file that ends in .npy, not {out}")
     texts = lines(file)
-    task = opened(model, dtype, adapter)
+    task = opened(model, dtype, adapter, torch=torch)
     vectors = vectors_of(task, texts, batch=batch, cut=True)
     if out is not None:
         import numpy
@@ -155,12 +140,13 @@ def fill(
     best: Annotated[int, typer.Option(help="So many candidates for each mask.")] = 5,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    torch: Torch = False,
     as_json: As_json = False,
 ) -> None:
     """Say what fits best in place of each mask token."""
     import math
 
-    task = opened(model, dtype, adapter)
+    task = opened(model, dtype, adapter, torch=torch)
     for number, found in enumerate(task.candidates(text, best), 1):
         if as_json:
             values = [{"text": one.text, "probability": math.exp(one.score)} for one in found]
@@ -178,6 +164,7 @@ def score(
     stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next; half of the context.")] = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    torch: Torch = False,
     as_json: As_json = False,
 ) -> None:
     """Perplexity of a text."""
@@ -189,7 +176,7 @@ def score(
         raise QkvError(f"{file} is not UTF-8 (byte {fault.start + 1}); save it as UTF-8") from None
     except OSError as fault:
         raise QkvError(f"{file} cannot be read: {fault.strerror}") from None
-    found = scored(opened(model, dtype, adapter), text, context=context, stride=stride)
+    found = scored(opened(model, dtype, adapter, torch=torch), text, context=context, stride=stride)
     values = {
         "perplexity": found.perplexity, "nats_per_token": found.nats / found.tokens,
         "bits_per_byte": found.bits_per_byte, "tokens": found.tokens,

@@ -67,7 +67,12 @@ class EncoderDecoderModel(Module):
 
     @property
     def wiring(self) -> Wiring:
-        return Wiring(self.embed, self.decoder, self.decoder_norm, self.spec.mask, "decoder")
+        return self.wired(self.embed, self.decoder, self.decoder_norm, self.spec.mask, "decoder")
+
+    @property
+    def reading(self) -> Wiring:
+        """The pass that the ids of a source take."""
+        return self.wired(self.source, self.encoder, self.encoder_norm, Full(), "encoder")
 
     def encode(
         self,
@@ -79,7 +84,6 @@ class EncoderDecoderModel(Module):
         **given: Tensor,
     ) -> Memory:
         """Source ids B S → what the decoder reads: `memory` B S C, packed left, and `memory_lengths` B if ragged."""
-        wiring = Wiring(self.source, self.encoder, self.encoder_norm, Full(), "encoder")
-        memory = run(ids, wiring, given, valid=valid, lengths=lengths, tap=tap, unpack=False)
+        memory = run(ids, self.reading, given, valid=valid, lengths=lengths, tap=tap, unpack=False)
         lengths = lengths if valid is None else valid.sum(1)
         return Memory(memory=memory) if lengths is None else Memory(memory=memory, memory_lengths=lengths)

@@ -1,7 +1,7 @@
 """What every model has, and the one pass through embedding, stack and norm."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from qkv.parts.embed import TokenEmbedding
 from qkv.parts.head import OutputModule, VocabularyHead
 from qkv.parts.stack import StackModule
 from qkv.spec import Spec
-from qkv.state import State
+from qkv.state import Cell, State
 
 
 class Model(Spec):
@@ -22,6 +22,16 @@ class Model(Spec):
     def build(self) -> "Module":
         """The model with fresh weights, in training mode."""
         raise AssertionError(f"{type(self).__name__} does not say what it builds")
+
+
+class Program(Protocol):
+    """Takes the place of a pass from ids to hidden vectors, when nothing is learned or tapped (`native`)."""
+
+    def __call__(self, ids: Tensor, lengths: Tensor | None, state: State | None, given: Mapping[str, Tensor]) -> Tensor:
+        """ids B T, rows packed left → B T C."""
+
+    def new_cells(self, batch: int, room: int, given: Mapping[str, Tensor]) -> list[dict[str, Cell]]:
+        """The cells of a state."""
 
 
 class Wiring(NamedTuple):
@@ -33,6 +43,7 @@ class Wiring(NamedTuple):
     mask: Mask
     path: str
     """Where a tap finds the stack."""
+    program: Program | None = None
 
 
 class Module(nn.Module):
@@ -43,10 +54,25 @@ class Module(nn.Module):
     origin: Any = None
     """Where it was loaded from, for its way back (`checkpoints`)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.programs: dict[str, Program] = {}
+        """What runs in the place of its passes, by their paths, while it is not trained."""
+        self.scores: Callable[[Tensor], Tensor] | None = None
+        """What runs in the place of its head over a vocabulary."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, has no programs: they hold addresses of this process."""
+        return {**self.__dict__, "programs": {}, "scores": None}
+
     @property
     def wiring(self) -> Wiring:
         """The pass that the ids of `forward` take."""
         raise AssertionError(f"{type(self).__name__} does not say how it is wired")
+
+    def wired(self, embed: TokenEmbedding, stack: StackModule, norm: nn.Module | None, mask: Mask, path: str) -> Wiring:
+        """A pass, with the program that runs in its place."""
+        return Wiring(embed, stack, norm, mask, path, None if self.training else self.programs.get(path))
 
     def hidden(
         self,
@@ -83,8 +109,12 @@ class Module(nn.Module):
 
     def logits(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """What the head makes of hidden vectors B T C, of which `valid` (B T) are real; over a vocabulary … C → … V."""
+        if self.scores is not None and not self.training:
+            return self.scores(x)
         if self.head is None:
             raise QkvError("this model has no head: take model.hidden(ids), or give its spec one")
+        if self.programs and not self.training:  # which give fp32, whatever the head's weights are
+            x = x.to(next((weight.dtype for weight in self.head.parameters()), x.dtype))
         return self.head(x, self.wiring.embed.table, valid)
 
     def loss(self, x: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -95,12 +125,14 @@ class Module(nn.Module):
 
     def new_state(self, batch: int, room: int, **given: Tensor) -> State:
         """An empty state for `batch` rows of up to `room` tokens; memories are projected here, once."""
-        embed, stack, _, mask, _ = self.wiring
+        embed, stack, _, mask, _, program = self.wiring
         if not mask.incremental:
             raise QkvError(f"a model with the mask {mask!r} sees tokens to come and keeps no state; use Causal()")
         if embed.room is not None and room > embed.room:
             raise QkvError(f"room for {room} tokens was asked for; the model has {embed.room} positions")
-        state = State(stack.new_cells(batch, room, given), batch, room, self.device)
+        cells = (stack if program is None else program).new_cells(batch, room, given)
+        state = State(cells, batch, room, self.device)
+        state.owner = program
         state.given = {name: value for name, value in given.items() if value.dim() < 3}  # all but the memories
         return state
 
@@ -142,7 +174,7 @@ def run(
     `valid` (B T) marks the real tokens wherever they stand; `lengths` (B) says that rows are packed left already.
     A memory stays packed (`unpack=False`).
     """
-    embed, stack, norm, mask, path = wiring
+    embed, stack, norm, mask, path, program = wiring
     if ids.dim() != 2:
         raise QkvError(f"ids have the shape (batch, tokens), not {tuple(ids.shape)}")
     order, T = None, ids.shape[1]
@@ -159,11 +191,19 @@ def run(
     given = {**(state.given if state is not None else {}), **given}
     context = Context(positions, mask, start, lengths, order, given, recording=recording, path=path)
     if state is not None:
+        if state.owner is not program:
+            raise QkvError("this state is of other passes: make another with new_state after qkv.fast and qkv.slow")
         state.reserve(T)
         mask.refuse(context, T)
-    x = stack(embed(ids, context), context, state.cells if state is not None else None)
-    if norm is not None:
-        x = norm(x, context)
+    if program is not None:
+        if recording is not None:
+            raise QkvError("a native program cannot be looked into: qkv.slow(model) gives its passes back to torch")
+        if "segments" in given:
+            given = {**given, "segments": context.packed("segments", (1,)).expand(ids.shape)}
+        x = program(ids, lengths, state, given)
+    else:
+        x = stack(embed(ids, context), context, state.cells if state is not None else None)
+        x = x if norm is None else norm(x, context)
     if state is not None:
         state.advance(T, lengths)
     if recording is not None:

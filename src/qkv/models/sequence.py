@@ -37,4 +37,4 @@ class SequenceModel(Module):
 
     @property
     def wiring(self) -> Wiring:
-        return Wiring(self.embed, self.stack, self.norm, self.spec.mask, "stack")
+        return self.wired(self.embed, self.stack, self.norm, self.spec.mask, "stack")

@@ -154,10 +154,10 @@ class Parallel(Block):
             raise QkvError("a branch of a parallel block has no stream of its own to normalise: leave out its post")
 
     def build(self, width: int) -> BlockModule:
-        return _Parallel(self, width)
+        return ParallelModule(self, width)
 
 
-class _Parallel(BlockModule):
+class ParallelModule(BlockModule):
     def __init__(self, spec: Parallel, width: int) -> None:
         super().__init__(spec, width)
         self.pre = spec.pre.build(width) if spec.pre else None

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from qkv.checkpoints.load import load_published
-from qkv.checkpoints.opening import opened
+from qkv.checkpoints.opening import not_packed, opened
 from qkv.checkpoints.pull import resolve
 from qkv.checkpoints.weights import SPEC, load_model, load_tensors, read_json, save_model, save_tensors
 from qkv.checkpoints.whole import whole_folder, write_text
 from qkv.data import Tokenizers
 from qkv.errors import QkvError
 from qkv.models import Module
+from qkv.ops.blocks.packed import Packed
 from qkv.spec import dump, nearest
 from qkv.spec import load as load_spec
 from qkv.train.recipe import Recipe
@@ -131,26 +132,35 @@ class Run:
         write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def load(name: str | Path, dtype: torch.dtype | str | None = None) -> Module:
+def load(name: str | Path, dtype: torch.dtype | str | None = None, *, packed: bool = False) -> Module:
     """A model, in evaluation mode: a run (its best checkpoint), the folder of one, or what others published.
 
     `name` is a path, a name that `qkv pull` knows, or `hf:owner/name`. Weights are in `dtype`, or as the file has them.
+    `packed` leaves those of a .gguf file in their blocks, mapped from the file, and computes in `dtype`; a directory
+    that `qkv convert --quantize` wrote is loaded so without asking.
     """
     path = resolve(name)
     kind = dtype_of(dtype)
     if (path / RUN).is_file() or (path / SPEC).is_file():
-        model = Run(path).model() if (path / RUN).is_file() else load_model(path)
-        return model if kind is None else model.to(kind)
-    return load_published(opened(path, kind), kind)
+        return own(path, Run(path).model() if (path / RUN).is_file() else load_model(path), kind, packed)
+    return load_published(opened(path, kind, packed=packed), kind)
 
 
-def open_task(name: str | Path, dtype: torch.dtype | str | None = None, *, last: bool = False) -> Task:
-    """A model with its tokenizer, ready to use; `name` and `dtype` as for `load`. Of a run its best, or its last."""
+def own(path: Path, model: Module, dtype: torch.dtype | None, packed: bool) -> Module:
+    """A model in qkv's own form, in another dtype if need be."""
+    if packed and not any(isinstance(weight, Packed) for weight in model.parameters()):
+        raise not_packed(path)
+    return model if dtype is None else model.to(dtype)
+
+
+def open_task(
+    name: str | Path, dtype: torch.dtype | str | None = None, *, last: bool = False, packed: bool = False
+) -> Task:
+    """A model with its tokenizer, ready to use; the rest as for `load`. Of a run its best model, or its last."""
     path, kind = resolve(name), dtype_of(dtype)
     if (path / RUN).is_file():
         run = Run(path)
-        model = run.model(last=last)
-        model = model if kind is None else model.to(kind)
+        model = own(path, run.model(last=last), kind, packed)
         return Task(model, run.tokenizers, Manner(run.recipe.evaluation.search))
     if last:
         raise QkvError(f"{path} is no run, which alone has a last checkpoint beside its best")
@@ -158,8 +168,8 @@ def open_task(name: str | Path, dtype: torch.dtype | str | None = None, *, last:
         if not (path / "tokenizer.json").is_file():
             raise QkvError(f"{path} is a checkpoint without a tokenizer: name the run that it is a part of")
         joint = not (path / "target_tokenizer.json").is_file()
-        return Task(load(path, kind), Tokenizers.load(path, joint))
-    return open_published(path, kind)
+        return Task(load(path, kind, packed=packed), Tokenizers.load(path, joint))
+    return open_published(path, kind, packed=packed)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -2,23 +2,27 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from qkv.adapt.quantise import check_kind, quantise
 from qkv.checkpoints.directory import CONFIG, read_table
-from qkv.checkpoints.export import save_pretrained
+from qkv.checkpoints.export import Saves, save_packed, save_pretrained
 from qkv.checkpoints.gguf_export import save_gguf
 from qkv.checkpoints.load import Source, load_published
+from qkv.checkpoints.names import shown
 from qkv.checkpoints.opening import opened
 from qkv.checkpoints.pickled import Pickled
 from qkv.checkpoints.weights import save_model
 from qkv.checkpoints.whole import refuse_filled, whole_folder, write_text
 from qkv.errors import QkvError
 from qkv.models import Module
-from qkv.use.published import tokenizer_of
+from qkv.ops.blocks.packed import Packed
+from qkv.use.fidelity import compared, read
+from qkv.use.published import task_of, tokenizer_of
 from qkv.use.task import Task
 
 FILES = (".bin", ".pt", ".pth", ".safetensors", ".json", ".onnx", ".ggml")
@@ -26,15 +30,19 @@ FILES = (".bin", ".pt", ".pth", ".safetensors", ".json", ".onnx", ".ggml")
 
 
 def convert(
-    source: Path, target: Path, *, kind: str = "F16", dtype: torch.dtype | None = None,
+    source: Path, target: Path, *, kind: str = "F16", dtype: torch.dtype | None = None, bits: str | None = None,
     allow_pickle: bool = False, settings: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Write a published checkpoint as a directory, or as a GGUF file with matrices of type `kind` → what it did.
 
-    `settings` are `key=value` for keys that its config.json lacks. `allow_pickle` reads the weights of a .bin file.
+    `bits` quantises the weights of a directory to "int8" or "int4", for qkv alone. `settings` are `key=value` for keys
+    that its config.json lacks. `allow_pickle` reads the weights of a .bin file.
     """
-    refuse(target)
-    checkpoint: Source = Pickled(source) if allow_pickle and not is_safe(source) else opened(source, dtype)
+    refuse(target, bits)
+    packed = bits is not None and source.suffix == ".gguf"  # what has as few bits already is not rounded again
+    checkpoint: Source = (
+        Pickled(source) if allow_pickle and not is_safe(source) else opened(source, dtype, packed=packed)
+    )
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals):
@@ -57,13 +65,19 @@ def convert(
             said.append(f"  the file has no tokenizer: {done.lack or 'there is none beside the weights'}")
         return said
     tokenizer = tokenizer_of(checkpoint) if not checkpoint.path.is_dir() else None
+    if bits is not None:
+        return quantised(
+            model, target, bits, tokenizer, lambda: task_of(checkpoint, tokenizer or tokenizer_of(checkpoint), model)
+        )
     save_pretrained(model, target, tokenizer)
     return [told(model, target)]
 
 
-def convert_trained(task: Task, target: Path, *, kind: str = "F16") -> list[str]:
+def convert_trained(task: Task, target: Path, *, kind: str = "F16", bits: str | None = None) -> list[str]:
     """The same for a model that qkv trained; a directory of one that no published family describes is in qkv's form."""
-    refuse(target)
+    refuse(target, bits)
+    if bits is not None:
+        return quantised(task.model, target, bits, task.tokenizers, lambda: task)
     if target.suffix == ".gguf":
         with TemporaryDirectory() as folder:
             published = Path(folder) / target.stem
@@ -78,6 +92,33 @@ def convert_trained(task: Task, target: Path, *, kind: str = "F16") -> list[str]
             save_model(task.model, part)
             task.tokenizers.save(part)
         return [f"{told(task.model, target)}, in qkv's own form", f"  {fault}"]
+
+
+def quantised(model: Module, target: Path, bits: str, tokenizer: Saves | None, opened: Callable[[], Task]) -> list[str]:
+    """Write a directory of packed weights → what it is, and how far the model is from what it was."""
+    refuse_filled(target)
+    try:
+        task = opened()
+        before = read(task)
+    except QkvError as fault:
+        task, told = None, f"the error was not measured: {fault}"
+    done = quantise(model, bits)
+    kinds = Counter(weight.format for weight in model.parameters() if isinstance(weight, Packed))
+    if not kinds:
+        raise QkvError(f"{target} would hold nothing packed: no row of the model's weights is a multiple of 32 long")
+    save_packed(model, target, tokenizer)
+    if task is not None:
+        told = compared(task, before, read(task, before.texts))
+    made = ", ".join(f"{count} in {name}" for name, count in kinds.most_common())
+    size, old = (f"{n / 1e6:,.1f} MB" for n in (done.after, done.before))
+    said = [
+        f"{target}: {model.count():,} parameters in {size}, before in {old}",
+        f"  matrices: {made}; only qkv loads them, and `qkv convert {target} NEW` writes plain ones",
+        f"  {told}",
+    ]
+    if done.unfit:
+        said.append(f"  as they were, with rows that are no multiple of 32: {shown(list(done.unfit))}")
+    return said
 
 
 class Beside:
@@ -99,8 +140,12 @@ class Beside:
         write_text(file, json.dumps(read_table(file) | self.start, indent=2))
 
 
-def refuse(target: Path) -> None:
-    """Refuse a path that is of neither kind, or taken."""
+def refuse(target: Path, bits: str | None = None) -> None:
+    """Refuse a path that is of neither kind, or taken, and bits that there are not."""
+    if bits is not None:
+        check_kind(bits)
+        if target.suffix == ".gguf":
+            raise QkvError(f"{target}: --quantize writes a directory for qkv; for a .gguf file there is --type Q4_1")
     if target.suffix in FILES:
         raise QkvError(f"{target} is neither a directory, which has no such suffix, nor a file that ends in .gguf")
     if target.exists() and (target.suffix == ".gguf" or not target.is_dir()):

@@ -14,22 +14,27 @@ from qkv.checkpoints.opening import opened
 from qkv.data import Tokenizer, Tokenizers, load_tokenizer, tokenizer_from_gguf, tokenizer_from_llama2c
 from qkv.decode import Beam, Greedy, Rule, Sample, Search
 from qkv.errors import QkvError
-from qkv.models import EncoderDecoderModel
+from qkv.models import EncoderDecoderModel, Module
 from qkv.spec import load
 from qkv.use.task import Manner, Task
 
 
-def open_published(path: Path, dtype: torch.dtype | None = None) -> Task:
+def open_published(path: Path, dtype: torch.dtype | None = None, *, packed: bool = False) -> Task:
     """The model of a directory or file that others published, its tokenizer, and how it wants to be used."""
-    source = opened(path, dtype)
+    source = opened(path, dtype, packed=packed)
     tokenizer, model = tokenizer_of(source), load_published(source, dtype)
+    return task_of(source, tokenizer, model)
+
+
+def task_of(source: Source, tokenizer: Tokenizer, model: Module) -> Task:
+    """The same of a checkpoint that is open."""
     own = (source.path / "target.spm").is_file()
     target = load_tokenizer(source.path, "target") if own else tokenizer
     wanted = manner(source, isinstance(model, EncoderDecoderModel))
     task = Task(model, Tokenizers(tokenizer, target), wanted)
     rows = len(model.wiring.embed.table)
     if task.pairs and not all(0 <= i < rows for i in wanted.begin):
-        raise QkvError(f"{path} says that an answer begins with the tokens {wanted.begin}; the model has {rows}")
+        raise QkvError(f"{source.path} says that an answer begins with the tokens {wanted.begin}; the model has {rows}")
     return task
 
 

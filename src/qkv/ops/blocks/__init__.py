@@ -19,8 +19,9 @@ i numbers the 8 or 16 equal parts of a block of 256. Fields of fewer than 8 bits
 fields of a whole run of bytes first, then their next (see `unpack`).
 """
 
-from qkv.ops.blocks.dequantise import dequantise
+from qkv.ops.blocks.dequantise import Fields, dequantise, fields
+from qkv.ops.blocks.fit import fit
 from qkv.ops.blocks.layout import BLOCKS, Block, size, type_name
 from qkv.ops.blocks.quantise import quantise
 
-__all__ = ["BLOCKS", "Block", "dequantise", "quantise", "size", "type_name"]
+__all__ = ["BLOCKS", "Block", "Fields", "dequantise", "fields", "fit", "quantise", "size", "type_name"]

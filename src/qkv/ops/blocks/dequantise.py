@@ -1,12 +1,38 @@
 """Blocks to weights."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
 from qkv.ops.blocks.layout import BLOCKS, FLOATS, size
+
+
+@dataclass(frozen=True)
+class Fields:
+    """n blocks as what is in them: weights are d q + m, where each of a block's parts has its own d and m."""
+
+    bits: int
+    """4 where every q fits in a nibble, else 8."""
+    q: Tensor
+    """n × weights: int8; uint8 where there are minima."""
+    d: Tensor
+    """n × parts, fp32."""
+    m: Tensor | None = None
+    """n × parts, fp32; None is all 0."""
+
+    def weights(self) -> Tensor:
+        """n × weights, fp32."""
+        parts = self.q.float().view(*self.d.shape, -1).mul_(self.d.unsqueeze(2))
+        return (parts if self.m is None else parts.add_(self.m.unsqueeze(2))).flatten(1)
+
+
+def fields(type: str, blocks: Tensor) -> Fields:
+    """The integers, scales and minima of blocks (n × bytes, uint8) of a type that has them."""
+    return _EQUATIONS[type](blocks)
+
 
 SLICE = 1 << 18  # weights at a time: what is computed on the way stays in the cache
 
@@ -27,7 +53,7 @@ def dequantise(type: str, data: Tensor, shape: Sequence[int], dtype: torch.dtype
     weights = torch.empty(len(blocks), block.weights, dtype=dtype, device=data.device)
     step = SLICE // block.weights
     for at in range(0, len(blocks), step):
-        weights[at : at + step] = equation(blocks[at : at + step])
+        weights[at : at + step] = equation(blocks[at : at + step]).weights()
     return weights.view(tuple(shape))
 
 
@@ -46,11 +72,6 @@ def _half(b: Tensor, at: int) -> Tensor:
     return d
 
 
-def _parts(q: Tensor, d: Tensor) -> Tensor:
-    """The integers q (n × 256) as fp32, n × parts × 256 / parts, times their part's scale d (n × parts)."""
-    return q.float().view(*d.shape, -1).mul_(d.unsqueeze(2))
-
-
 def _six_bits(b: Tensor) -> tuple[Tensor, Tensor]:
     """Scales s and minima m of 8 parts from 12 bytes: low 6 bits of s₀…₃ and m₀…₃, then 4 + 4 bits of s, m₄…₇.
 
@@ -61,59 +82,56 @@ def _six_bits(b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([s & 63, upper[:, :4]], 1), torch.cat([m & 63, upper[:, 4:]], 1)
 
 
-def _q4_0(b: Tensor) -> Tensor:
-    return unpack(b[:, 2:], 4, 16).float().sub_(8).mul_(_half(b, 0))
+def _q4_0(b: Tensor) -> Fields:
+    return Fields(4, unpack(b[:, 2:], 4, 16).to(torch.int8).sub_(8), _half(b, 0))
 
 
-def _q4_1(b: Tensor) -> Tensor:
-    return unpack(b[:, 4:], 4, 16).float().mul_(_half(b, 0)).add_(_half(b, 2))
+def _q4_1(b: Tensor) -> Fields:
+    return Fields(4, unpack(b[:, 4:], 4, 16), _half(b, 0), _half(b, 2))
 
 
-def _q5_0(b: Tensor) -> Tensor:
+def _q5_0(b: Tensor) -> Fields:
     q = unpack(b[:, 6:], 4, 16) | unpack(b[:, 2:6], 1, 1) << 4
-    return q.float().sub_(16).mul_(_half(b, 0))
+    return Fields(8, q.to(torch.int8).sub_(16), _half(b, 0))
 
 
-def _q5_1(b: Tensor) -> Tensor:
+def _q5_1(b: Tensor) -> Fields:
     q = unpack(b[:, 8:], 4, 16) | unpack(b[:, 4:8], 1, 1) << 4
-    return q.float().mul_(_half(b, 0)).add_(_half(b, 2))
+    return Fields(8, q, _half(b, 0), _half(b, 2))
 
 
-def _q8_0(b: Tensor) -> Tensor:
-    return b[:, 2:].view(torch.int8).float().mul_(_half(b, 0))
+def _q8_0(b: Tensor) -> Fields:
+    return Fields(8, b[:, 2:].view(torch.int8), _half(b, 0))
 
 
-def _q2_k(b: Tensor) -> Tensor:
+def _q2_k(b: Tensor) -> Fields:
     s, m = b[:, :16] & 15, b[:, :16] >> 4
-    q = unpack(b[:, 16:80], 2, 32)
-    return _parts(q, _half(b, 80) * s).sub_((_half(b, 82) * m).unsqueeze(2)).flatten(1)
+    return Fields(4, unpack(b[:, 16:80], 2, 32), _half(b, 80) * s, -(_half(b, 82) * m))
 
 
-def _q3_k(b: Tensor) -> Tensor:
+def _q3_k(b: Tensor) -> Fields:
     q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
     s = unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4
-    return _parts(q.float().sub_(4), _half(b, 108) * s.float().sub_(32)).flatten(1)
+    return Fields(4, q.to(torch.int8).sub_(4), _half(b, 108) * s.float().sub_(32))
 
 
-def _q4_k(b: Tensor) -> Tensor:
+def _q4_k(b: Tensor) -> Fields:
     s, m = _six_bits(b[:, 4:16])
-    q = unpack(b[:, 16:], 4, 32)
-    return _parts(q, _half(b, 0) * s).sub_((_half(b, 2) * m).unsqueeze(2)).flatten(1)
+    return Fields(4, unpack(b[:, 16:], 4, 32), _half(b, 0) * s, -(_half(b, 2) * m))
 
 
-def _q5_k(b: Tensor) -> Tensor:
+def _q5_k(b: Tensor) -> Fields:
     s, m = _six_bits(b[:, 4:16])
     q = unpack(b[:, 48:], 4, 32) | unpack(b[:, 16:48], 1, 32) << 4
-    return _parts(q, _half(b, 0) * s).sub_((_half(b, 2) * m).unsqueeze(2)).flatten(1)
+    return Fields(8, q, _half(b, 0) * s, -(_half(b, 2) * m))
 
 
-def _q6_k(b: Tensor) -> Tensor:
+def _q6_k(b: Tensor) -> Fields:
     q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
-    s = b[:, 192:208].view(torch.int8)
-    return _parts(q.float().sub_(32), _half(b, 208) * s).flatten(1)
+    return Fields(8, q.to(torch.int8).sub_(32), _half(b, 208) * b[:, 192:208].view(torch.int8))
 
 
-_EQUATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_EQUATIONS: dict[str, Callable[[Tensor], Fields]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,

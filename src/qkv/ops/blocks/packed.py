@@ -20,11 +20,11 @@ Context: TypeAlias = tuple[str, torch.dtype]
 class Packed(Tensor):
     """A matrix, or several stacked, as its `blocks`: uint8, … × the bytes of a row; a tensor of its weights in `dtype`.
 
-    F.linear multiplies with it and F.embedding looks rows up, a slice of rows dequantised at a time; so `Linear`,
-    embeddings, heads and experts run on it as they are. Blocks lie along rows: rows can be split, stacked, permuted
-    and chosen, and the whole moved to another device or dtype, without being unpacked. `contiguous`, as saving calls
-    it, and `dequantise` give the plain tensor. Gradients pass through to x; asking for its own, as training does,
-    and anything else, raises QkvError.
+    F.linear and torch.mm multiply with it and F.embedding looks rows up, a slice of rows dequantised at a time; so
+    `Linear`, embeddings, heads and experts run on it as they are. Blocks lie along rows: rows can be split, stacked,
+    permuted and chosen, and the whole moved to another device or dtype, without being unpacked. `contiguous` and
+    `dequantise` give the plain tensor. Gradients pass through to x; asking for its own, as training does, and anything
+    else, raises QkvError.
     """
 
     format: str
@@ -141,10 +141,7 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradient
         refuse(ctx.needs_input_grad[1])
-        dx, at = None, 0
-        for rows in ctx.weight.slices() if ctx.needs_input_grad[0] else ():
-            part = dy[..., at : at + len(rows)] @ rows.to(dy.dtype)
-            dx, at = part if dx is None else dx + part, at + len(rows)
+        dx = product(dy, ctx.weight) if ctx.needs_input_grad[0] else None
         return dx, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -174,6 +171,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, Packed) or isinstance(x, Packed):
         raise QkvError("packed weights multiply activations; they are no activations themselves")
     return Product.apply(x, weight, bias)
+
+
+def product(x: Tensor, weight: Packed, *, out: Tensor | None = None) -> Tensor:
+    """x W, x: … O and W: O C."""
+    if not isinstance(weight, Packed) or isinstance(x, Packed):
+        raise QkvError("packed weights multiply activations; they are no activations themselves")
+    total = x.new_empty(*x.shape[:-1], weight.shape[1]) if out is None else out
+    total.zero_()
+    for some, rows in zip(x.split(max(1, SLICE // weight.shape[1]), -1), weight.slices(), strict=True):
+        total += some @ rows.to(x.dtype)
+    return total
 
 
 def embedding(ids: Tensor, weight: Packed, padding_idx: int | None = None, max_norm: float | None = None, *_: Any,
@@ -214,6 +222,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.__deepcopy__: deep_copied,
     F.linear: linear,
     F.embedding: embedding,
+    torch.mm: product,
     torch.equal: equal,
     Tensor.contiguous: Packed.dequantise,
     Tensor.to: moved,

@@ -24,13 +24,23 @@ def quantise(type: str, x: Tensor) -> Tensor:
         return weights.view(-1).view(torch.uint8).view(rows)
     if type not in _ROUNDINGS:
         raise QkvError(f"weights can be written as {', '.join([*FLOATS, *_ROUNDINGS])}, not as {type}")
-    block, rounding = BLOCKS[type], _ROUNDINGS[type]
+    return rounded(type, x, _ROUNDINGS[type])
+
+
+def rounded(type: str, x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """The bytes of a tensor whose blocks, n × weights in fp32, a function turns into n × bytes."""
+    block, rows = BLOCKS[type], (*x.shape[:-1], size(type, x.shape[-1:]))
     weights = x.detach().cpu().reshape(-1, block.weights)
     blocks = torch.empty(len(weights), block.bytes, dtype=torch.uint8)
     step = SLICE // block.weights
     for at in range(0, len(weights), step):
         blocks[at : at + step] = rounding(weights[at : at + step].float())
     return blocks.view(rows)
+
+
+def four_bits(d: Tensor, m: Tensor, q: Tensor) -> Tensor:
+    """Blocks of Q4_1, n × 20 bytes, from scales and minima (n × 1) and integers (n × 32)."""
+    return torch.cat([_half(d, "Q4_1"), _half(m, "Q4_1"), _nibbles(q)], 1)
 
 
 def _finite(numbers: Tensor, type: str) -> Tensor:
@@ -66,7 +76,7 @@ def _q4_1(x: Tensor) -> Tensor:
     m = x.amin(1, keepdim=True)
     d = (x.amax(1, keepdim=True) - m) / 15
     q = (x - m).mul_(_inverse(d)).add_(0.5)
-    return torch.cat([_half(d, "Q4_1"), _half(m, "Q4_1"), _nibbles(q)], 1)
+    return four_bits(d, m, q)
 
 
 def _q8_0(x: Tensor) -> Tensor:

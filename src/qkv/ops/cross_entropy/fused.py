@@ -3,8 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qkv.ops.blocks.packed import Packed, refuse
 
 BLOCK = 512
 """Tokens at a time: enough for an efficient product, few enough that the logits stay near the processor."""
@@ -16,6 +19,7 @@ def fused(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None,
     The gradient of the logits is known as soon as they are: softmax(z) − t. So the gradients of x, W and b are made in
     the forward pass, block by block, and the N×V logits are never held.
     """
+    refuse(isinstance(weight, Packed) and weight.requires_grad and torch.is_grad_enabled())
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -37,7 +41,9 @@ class _Fused(torch.autograd.Function):
         for start in range(0, len(x), BLOCK):
             xs, ys = x[start : start + BLOCK], labels[start : start + BLOCK, None]
             z = logits[: len(xs)]
-            if x.dtype == precise:
+            if isinstance(weight, Packed):
+                z.copy_(F.linear(xs, weight))
+            elif x.dtype == precise:
                 torch.mm(xs, weight.t(), out=z)
             else:
                 z.copy_(torch.mm(xs, weight.t()))

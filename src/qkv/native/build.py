@@ -1,0 +1,69 @@
+"""Compiling the kernels, once for each processor and compiler, into the user's cache."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from qkv.checkpoints.pull import cache_folder
+from qkv.errors import QkvError
+
+SOURCES = Path(__file__).parent / "kernels"
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w")
+"""No flag that changes what arithmetic means: equal sums must come out equal however the work is cut."""
+
+
+@cache
+def built() -> Path:
+    """The compiled library; QkvError where there is no compiler, or it fails."""
+    compiler = find_compiler()
+    command = [compiler, *FLAGS, *tuning(compiler)]
+    target = cache_folder() / "native" / f"{fingerprint(command)}.so"
+    if target.exists():
+        return target
+    print("compiling qkv's kernels for this processor, once (about 10 s) …", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        done = subprocess.run([*command, str(SOURCES / "engine.cpp"), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+            raise QkvError(f"{compiler} cannot compile qkv's kernels: {said}")
+        os.replace(made, target)
+    return target
+
+
+def find_compiler() -> str:
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise QkvError(f"there is no C++ compiler ({asked or 'c++'}): install g++ or clang, or name one in CXX")
+
+
+def tuning(compiler: str) -> list[str]:
+    """The flag that lets a compiler use all that this processor has; tests set QKV_MARCH to try another."""
+    asked = os.environ.get("QKV_MARCH")
+    if asked:
+        return [f"-march={asked}"]
+    return ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+
+
+def fingerprint(command: list[str]) -> str:
+    """Names what a compiled library depends on: the sources, the command, the compiler and the processor."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    parts = [*command, version, processor(), *(path.read_text() for path in sorted(SOURCES.iterdir()))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def processor() -> str:
+    """What this processor can do."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    said = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(said)])

@@ -1,0 +1,57 @@
+"""Giving a model's passes to a native program, and taking them back."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from qkv.errors import QkvError
+from qkv.models import EncoderDecoderModel, Module
+from qkv.native.builder import Unlowered
+from qkv.native.library import Engine, Store
+from qkv.native.program import Logits, Pass
+from qkv.native.tiles import Arena, store_of
+from qkv.parts.head import VocabularyHead
+from qkv.parts.linear import Linear
+
+M = TypeVar("M", bound=Module)
+
+
+def fast(model: M, threads: int | None = None, *, say: Callable[[str], None] | None = None) -> M:
+    """The same model, its passes run by a native program while it is not trained.
+
+    Weights are used as they are kept: floats as floats, and packed blocks with activations of 8 bits. They are copied
+    in the order of use: what is changed in the model later is not seen until `fast` is called again. A pass with a
+    part for which there is no kernel stays with torch, and `say` is told so once (standard error by default).
+    Gradients are not followed, and no tap listens: `slow` takes the passes back. Raises QkvError without a compiler.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr))
+    slow(model)
+    model.eval()
+    if threads is not None and threads < 1:
+        raise QkvError(f"a program runs on 1 thread or more, not on {threads}; None is one for each core")
+    if model.device.type != "cpu":
+        raise QkvError(f"native programs run on the CPU, and this model is on {model.device}: model.cpu() moves it")
+    source = getattr(model.origin, "source", None)
+    engine, arena = Engine(threads), Arena(getattr(source, "release", None))
+    wide = any(store_of(layer.weight) == Store.FLOAT for layer in model.modules() if isinstance(layer, Linear))
+    wirings = [model.reading, model.wiring] if isinstance(model, EncoderDecoderModel) else [model.wiring]
+    with torch.no_grad():
+        try:
+            programs = {wiring.path: Pass(engine, arena, wiring, wide) for wiring in wirings}
+            table, width = model.wiring.embed.table, programs[model.wiring.path].width
+            scores = Logits(engine, arena, model.head, table, width) if isinstance(model.head, VocabularyHead) else None
+        except Unlowered as missing:
+            say(f"no native kernel for {missing}: this model stays with torch")
+            return model
+    if arena.release is not None:
+        arena.release()
+    model.programs, model.scores = dict(programs), scores
+    return model
+
+
+def slow(model: M) -> M:
+    """The same model, its passes run by torch."""
+    model.programs, model.scores = {}, None
+    return model

@@ -1,0 +1,151 @@
+// Attention over a paged cache. In a page, for each head of keys and values:
+//   keys    PAGE/16 × head_width × 16   sixteen positions side by side, so that a score needs no sum across lanes
+//   values  PAGE × width                width is head_width rounded up to 16
+#pragma once
+#include <algorithm>
+
+#include "norm.h"
+#include "program.h"
+#include "simd.h"
+
+namespace qkv {
+
+constexpr int QUERIES = 8;  // rows of scores that are computed side by side
+
+inline int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+
+// --- writing ---
+
+inline void rotate(float* x, int turned, const float* cos, const float* sin) {
+  const int n = turned / 2;
+  sixteens(n, [&](int at, int some) {
+    F a = load(x + at, some), b = load(x + n + at, some), c = load(cos + at, some), s = load(sin + at, some);
+    store(x + at, a * c - b * s, some);
+    store(x + n + at, b * c + a * s, some);
+  });
+}
+
+// One head of one row: of the queries (normalised, turned, scaled in place), the keys or the values (into the cache).
+template <class T>
+void write_head(const Op& op, const Call& call, int row, int head, float* x) {
+  const int heads = op.heads, groups = op.groups, width = op.head_width, position = call.positions[row];
+  const bool query = head < heads, key = !query && head < heads + groups;
+  if (query && op.query_weight) norm_row(op.norm, x, width, op.eps, op.query_weight, op.query_bias, x);
+  if (key && op.key_weight) norm_row(op.norm, x, width, op.eps, op.key_weight, op.key_bias, x);
+  if ((query || key) && op.turned)
+    rotate(x, op.turned, op.cos + (int64_t)position * op.turned / 2, op.sin + (int64_t)position * op.turned / 2);
+  if (query) {
+    sixteens(width, [&](int at, int some) { store(x + at, load(x + at, some) * op.scale, some); });
+    return;
+  }
+  const Cache& cache = op.memory ? call.memory : call.text;
+  uint8_t* page = cache.page(call.slots[row], position / PAGE);
+  const int at = position % PAGE, group = (head - heads) % groups;
+  if (key) {
+    T* keys = (T*)(page + op.keys_at) + (int64_t)group * PAGE * width + at / LANES * LANES * width + at % LANES;
+    for (int i = 0; i < width; i++) put(keys + LANES * i, x[i]);
+  } else {
+    T* values = (T*)(page + op.values_at) + ((int64_t)group * PAGE + at) * padded(width);
+    for (int i = 0; i < width; i++) put(values + i, x[i]);
+  }
+}
+
+// --- reading ---
+
+struct Query {
+  const float* q;
+  float* out;
+  const float* distance;  // what a score gains, at the key's position; or none
+  int from, to;           // the positions that it sees
+};
+
+// softmax(q K) V for N queries of one head, positions 16 at a time; `scores` holds N rows of `stride` floats.
+// What each query sums, and in what order, does not depend on the queries beside it.
+template <class T, int N>
+void attend(const Op& op, const Cache& cache, int text, int group, const Query* queries, float* scores, int stride) {
+  const int width = op.head_width, wide = padded(width);
+  int from = queries[0].from, to = queries[0].to;
+  for (int i = 1; i < N; i++) from = std::min(from, queries[i].from), to = std::max(to, queries[i].to);
+  const int first = from / LANES, last = (std::max(to, from) + LANES - 1) / LANES;
+  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  F most[N];
+  for (int i = 0; i < N; i++) most[i] = splat(-INFINITY);
+  for (int b = first; b < last; b++) {
+    const T* keys = (const T*)(cache.page(text, b * LANES / PAGE) + op.keys_at) +
+                    ((int64_t)group * PAGE + b * LANES % PAGE) * width;
+    F sums[N][2] = {};
+    int k = 0;
+    for (; k + 1 < width; k += 2)  // two sums each, for the latency of a multiplication
+      for (int u = 0; u < 2; u++) {
+        F column = load(keys + LANES * (k + u));
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) sums[i][u] = fma(column, splat(queries[i].q[k + u]), sums[i][u]);
+      }
+    if (k < width)
+      for (int i = 0; i < N; i++) sums[i][0] = fma(load(keys + LANES * k), splat(queries[i].q[k]), sums[i][0]);
+    const I at = lane + b * LANES;
+    for (int i = 0; i < N; i++) {
+      F s = sums[i][0] + sums[i][1];
+      if (op.softcap) s = activated(SOFTCAP, s, op.softcap);
+      if (queries[i].distance) s += load(queries[i].distance + b * LANES);
+      s = choose((at >= queries[i].from) & (at < queries[i].to), s, splat(-INFINITY));
+      most[i] = max(most[i], s);
+      store(scores + (int64_t)i * stride + (b - first) * LANES, s);
+    }
+  }
+  float inverse[N];
+  for (int i = 0; i < N; i++) {
+    const float top = largest(most[i]);
+    F all{};
+    for (int b = 0; b < last - first; b++) {
+      float* p = scores + (int64_t)i * stride + b * LANES;
+      F s = load(p);
+      F e = choose(s > -INFINITY, exp(s - top), F{});
+      all += e;
+      store(p, e);
+    }
+    const float whole = sum(all);
+    inverse[i] = whole > 0 ? 1 / whole : 0;  // a query that sees nothing gives zeros
+  }
+  constexpr int WIDE = N <= 4 ? 4 : 2;
+  for (int c = 0; c < wide; c += WIDE * LANES) {
+    const int columns = std::min(WIDE, (wide - c) / LANES);
+    F sums[N][WIDE] = {};
+    for (int b = first; b < last; b++) {
+      const T* values = (const T*)(cache.page(text, b * LANES / PAGE) + op.values_at) +
+                        ((int64_t)group * PAGE + b * LANES % PAGE) * wide + c;
+      const float* p = scores + (b - first) * LANES;
+      const int begin = std::max(0, from - b * LANES), end = std::min(LANES, to - b * LANES);
+      for (int j = begin; j < end; j++)
+        for (int u = 0; u < WIDE; u++) {
+          if (u >= columns) break;
+          F v = load(values + (int64_t)j * wide + u * LANES);
+#pragma GCC unroll 8
+          for (int i = 0; i < N; i++) sums[i][u] = fma(v, splat(p[(int64_t)i * stride + j]), sums[i][u]);
+        }
+    }
+    for (int i = 0; i < N; i++)
+      for (int u = 0; u < columns; u++) {
+        int at = c + u * LANES;
+        if (at < width) store(queries[i].out + at, sums[i][u] * inverse[i], width - at);
+      }
+  }
+}
+
+template <class T>
+void attend_all(const Op& op, const Cache& cache, int text, int group, const Query* queries, int n, float* scores,
+                int stride) {
+  while (n > 0) {
+    int some = n >= 8 ? 8 : n >= 4 ? 4 : n >= 3 ? 3 : n >= 2 ? 2 : 1;
+    switch (some) {
+      case 8: attend<T, 8>(op, cache, text, group, queries, scores, stride); break;
+      case 4: attend<T, 4>(op, cache, text, group, queries, scores, stride); break;
+      case 3: attend<T, 3>(op, cache, text, group, queries, scores, stride); break;
+      case 2: attend<T, 2>(op, cache, text, group, queries, scores, stride); break;
+      case 1: attend<T, 1>(op, cache, text, group, queries, scores, stride); break;
+    }
+    queries += some, n -= some;
+  }
+}
+
+}  // namespace qkv

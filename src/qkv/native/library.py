@@ -1,0 +1,142 @@
+"""The compiled kernels, and the records that they take, as ctypes sees them (`kernels/program.h`)."""
+
+import ctypes as ct
+import os
+from collections.abc import Mapping, Sequence
+from enum import IntEnum, IntFlag
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from qkv.native.build import built
+
+
+class Kind(IntEnum):
+    EMBED, NORM, LINEAR, KEYS, ATTEND, ROUTE, ADD, CONVOLVE, SCAN, RECALL = range(10)
+
+
+class NormKind(IntEnum):
+    NONE, RMS, LAYER, TANH, AFFINE = range(5)
+
+
+ACTS = ("identity", "relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "softplus", "softcap")
+
+
+class Store(IntFlag):
+    """How a weight is kept: 4 bits, or with BITS8 8; or FLOAT, or BFLOAT."""
+
+    BITS8, HALVES, MINIMA, FLOAT = 1, 2, 4, 8
+    BFLOAT = 9
+
+    @property
+    def dense(self) -> bool:
+        return self >= Store.FLOAT
+
+
+PAGE, LANES, BLOCK = 64, 16, 32
+INPUT, OUTPUT = 0, 1
+FAR = 2**31 - 1
+"""A query that sees as far as there is anything."""
+
+POINTERS = (
+    *("weight", "bias", "norm_weight", "norm_bias", "cos", "sin", "position", "segment", "distance"),
+    *("decay", "skip"),
+    *("query_weight", "query_bias", "key_weight", "key_bias"),
+)
+
+
+class Op(ct.Structure):
+    _fields_ = (
+        [(name, ct.c_int32) for name in ("kind", "in", "out", "residual", "in_at", "out_at", "inputs", "outputs")]
+        + [(name, ct.c_int32) for name in ("store", "norm", "act", "gated", "heads", "groups", "head_width", "turned")]
+        + [(name, ct.c_int32) for name in ("behind", "ahead", "experts", "choices", "routes", "weighted", "normalise")]
+        + [(name, ct.c_int32) for name in ("taps", "states", "steps", "keys", "gate", "gate_at")]
+        + [(name, ct.c_int32) for name in ("memory", "table_rows")]
+        + [(name, ct.c_float) for name in ("eps", "scale", "softcap")]
+        + [("keys_at", ct.c_int64), ("values_at", ct.c_int64), ("state_at", ct.c_int64)]
+        + [(name, ct.c_void_p) for name in POINTERS]
+    )  # fmt: skip
+
+
+class Cache(ct.Structure):
+    arrays: Any = None
+
+    _fields_ = (
+        ("address", ct.c_void_p),
+        ("table", ct.c_void_p),
+        ("stride", ct.c_int32),
+        ("lengths", ct.c_void_p),
+    )
+
+
+class Call(ct.Structure):
+    _fields_ = (
+        ("rows", ct.c_int32),
+        ("tokens", ct.c_void_p),
+        ("positions", ct.c_void_p),
+        ("slots", ct.c_void_p),
+        ("segments", ct.c_void_p),
+        ("memory_of", ct.c_void_p),
+        ("input", ct.c_void_p),
+        ("output", ct.c_void_p),
+        ("states", ct.c_void_p),
+        ("text", Cache),
+        ("memory", Cache),
+    )
+
+
+@cache
+def library() -> ct.CDLL:
+    """The kernels, compiled if they are not yet."""
+    lib = ct.CDLL(str(built()))
+    lib.qkv_engine.argtypes, lib.qkv_engine.restype = [ct.c_int], ct.c_void_p
+    lib.qkv_engine_free.argtypes, lib.qkv_engine_free.restype = [ct.c_void_p], None
+    lib.qkv_program.argtypes = [ct.c_void_p, ct.c_int, ct.c_void_p, ct.c_int, ct.c_int]
+    lib.qkv_program.restype = ct.c_void_p
+    lib.qkv_program_free.argtypes, lib.qkv_program_free.restype = [ct.c_void_p], None
+    lib.qkv_run.argtypes, lib.qkv_run.restype = [ct.c_void_p, ct.c_void_p, ct.POINTER(Call)], ct.c_int
+    lib.qkv_tile_bytes.argtypes, lib.qkv_tile_bytes.restype = [ct.c_int, ct.c_int64], ct.c_int64
+    lib.qkv_store.argtypes, lib.qkv_store.restype = [ct.c_int], ct.c_int
+    lib.qkv_pack.argtypes = [ct.c_int, ct.c_void_p, ct.c_int, ct.c_int, ct.c_void_p, ct.c_int64]
+    lib.qkv_pack.restype = ct.c_int
+    assert (lib.qkv_op_bytes(), lib.qkv_call_bytes()) == (ct.sizeof(Op), ct.sizeof(Call))
+    return lib
+
+
+class Engine:
+    """Threads that run programs, one call at a time."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = min(threads or allowed, allowed)  # more than there are cores would wait for each other
+        self.handle = library().qkv_engine(self.threads)
+
+    def run(self, program: "Records", call: Call) -> None:
+        if library().qkv_run(self.handle, program.handle, ct.byref(call)):
+            raise MemoryError(f"there is no memory left for {call.rows} rows of a native program")
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            library().qkv_engine_free(self.handle)
+
+
+class Records:
+    """Records as the engine keeps them; the tensors that they point to live as long as they do."""
+
+    def __init__(self, ops: Sequence[Mapping[str, Any]], widths: Sequence[int], wide_cache: bool) -> None:
+        self.tensors = [value for op in ops for value in op.values() if isinstance(value, Tensor)]
+        array = (Op * len(ops))(*(record(op) for op in ops))
+        sizes = (ct.c_int32 * len(widths))(*widths)
+        self.handle = library().qkv_program(array, len(ops), sizes, len(widths), wide_cache)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            library().qkv_program_free(self.handle)
+
+
+def record(op: Mapping[str, Any]) -> Op:
+    made = Op(residual=-1, gate=-1, scale=1.0)
+    for name, value in op.items():
+        setattr(made, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    return made
