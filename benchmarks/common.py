@@ -1,25 +1,18 @@
 """What the benchmarks share: where data lies, the machine in words, forms measured in turn."""
 
-import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from qkv.look.limits import machine
+
+__all__ = ["DATA", "in_turn", "machine", "ratio"]
+
 K, T = TypeVar("K"), TypeVar("T")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Where data lies that is not part of the repository."""
-
-
-def machine() -> str:
-    """The processor's name and how many of its cores this process may use."""
-    table = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", table.read_text()) if table.exists() else []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or 'unknown processor'}, {cores} cores"
 
 
 def in_turn(forms: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:

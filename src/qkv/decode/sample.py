@@ -4,11 +4,18 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.decode.greedy import OneByOne
 from qkv.errors import QkvError
+from qkv.ops.sample import blocked, naive
 from qkv.spec import part
+
+FEW = 64
+"""How many of the likeliest tokens are looked at first where it is not said how many are kept: mostly enough."""
+WIDER = 8
+"""By how much more are looked at where it is not."""
 
 
 @part("sample")
@@ -38,11 +45,11 @@ class Sample(OneByOne):
         generators = [torch.Generator().manual_seed(self.mixed(seed)) for seed in seeds]
 
         def choose(scores: Tensor, rows: Tensor) -> Tensor:
+            u = torch.cat([torch.rand(1, generator=generators[row]) for row in rows.tolist()]).to(scores.device)
+            if self.all:
+                return blocked.draw(blocked.weights(scores, scores.amax(-1, keepdim=True), self.temperature), u)
             p, ids = self.kept(scores)
-            draw = torch.stack([torch.rand(1, generator=generators[row]) for row in rows.tolist()]).to(p.device)
-            reached = p.cumsum(-1)
-            at = torch.searchsorted(reached, draw * reached[:, -1:], right=True).clamp(max=p.shape[1] - 1)
-            return ids.gather(1, at)[:, 0]
+            return ids.gather(1, naive.draw(p, u)[:, None])[:, 0]
 
         return choose
 
@@ -50,12 +57,48 @@ class Sample(OneByOne):
         """A seed of 32 bits, all that torch's generator uses, from the sampling's seed and the row's number."""
         return int.from_bytes(hashlib.blake2b(f"{self.seed} {row}".encode(), digest_size=4).digest(), "big")
 
+    @property
+    def nucleus(self) -> bool:
+        return (self.top_p or 1.0) < 1
+
+    @property
+    def all(self) -> bool:
+        """Whether nothing is cut."""
+        return self.top_k is None and not self.nucleus and not self.min_p
+
     def kept(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores z: B V → the probabilities that remain (not normalised) and their ids, likeliest first."""
-        z, ids = scores.topk(min(self.top_k or scores.shape[1], scores.shape[1]), -1)
-        p = (z / self.temperature).softmax(-1)
-        if self.top_p is not None:
-            p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)
+        V = scores.shape[1]
+        if self.top_k is None:
+            return self.searched(scores, V if self.all else min(FEW, V))
+        z, ids = blocked.largest(scores, min(self.top_k, V))
+        return self.cut(z), ids
+
+    def searched(self, scores: Tensor, k: int, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is kept among the k likeliest of each row, and among more where none of these is cut."""
+        V = scores.shape[1]
+        z, ids = blocked.largest(scores, k)
+        if k == V:
+            return self.cut(z), ids
+        if mass is None and self.nucleus:
+            mass = blocked.mass(scores, z[:, :1], self.temperature)
+        p = self.cut(z, mass)
+        more = (p[:, -1] > 0).nonzero()[:, 0]
+        if not len(more):
+            return p, ids
+        wider, their = self.searched(scores[more], min(WIDER * k, V), None if mass is None else mass[more])
+        p, ids = (F.pad(x, (0, wider.shape[1] - k)) for x in (p, ids))
+        return p.index_copy(0, more, wider), ids.index_copy(0, more, their)
+
+    def cut(self, z: Tensor, mass: Tensor | None = None) -> Tensor:
+        """The likeliest scores z, in order: B k → e^{(z − max z) / temperature}, and 0 for what is not kept.
+
+        `mass` (B 1) is the sum over all tokens; None where it is that over these.
+        """
+        p = ((z - z[:, :1]) / self.temperature).exp()
+        if self.top_p is not None and self.nucleus:
+            reached = p.cumsum(-1)
+            p = p.masked_fill(reached - p >= self.top_p * (reached[:, -1:] if mass is None else mass), 0.0)
         if self.min_p is not None:
-            p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
-        return p, ids
+            p = p.masked_fill(p < self.min_p, 0.0)
+        return p

@@ -1,0 +1,1 @@
+"""Running models on a CPU, against the fastest engines there are."""
