@@ -95,7 +95,7 @@ def past(rules: tuple[Rule, ...], prompts: list[list[int]], new: list[list[int]]
         (SuppressFirst([3], after=2), lambda read: processors.SuppressTokensAtBeginLogitsProcessor([3], read + 2)),
         (ForceLast(3), lambda read: processors.ForcedEOSTokenLogitsProcessor(read + 6, 3)),
     ],
-    ids=str,
+    ids=lambda one: str(one) if isinstance(one, Rule) else "",
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_rule_is_theirs_row_by_row(rule: Rule, theirs: Any, rows: int) -> None:

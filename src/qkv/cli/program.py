@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import qkv
-from qkv.cli import convert, look, pull, run, train, use
+from qkv.cli import bench, convert, look, pull, run, train, use
 from qkv.errors import QkvError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (train, run, use, look, convert, pull):
+for group in (train, run, use, look, bench, convert, pull):
     for command in group.COMMANDS:
         app.command()(command)
 

@@ -1,6 +1,7 @@
 """How a model's next-token scores become text."""
 
 from qkv.decode.beam import Beam
+from qkv.decode.engine import Batcher, Request
 from qkv.decode.greedy import Greedy, OneByOne
 from qkv.decode.rules import (
     AtLeast,
@@ -15,10 +16,11 @@ from qkv.decode.rules import (
     SuppressFirst,
 )
 from qkv.decode.sample import Sample
-from qkv.decode.search import Hypothesis, Rows, Search, decode
+from qkv.decode.search import Hypothesis, Move, Rows, Search, Steps, decode
 from qkv.decode.stream import Session, stream
 
 __all__ = [
-    "AtLeast", "Ban", "Beam", "ForceFirst", "ForceLast", "Greedy", "Hypothesis", "NoRepeat", "OneByOne", "Past",
-    "RepetitionPenalty", "Rows", "Rule", "Sample", "Search", "Session", "Suppress", "SuppressFirst", "decode", "stream",
+    "AtLeast", "Ban", "Batcher", "Beam", "ForceFirst", "ForceLast", "Greedy", "Hypothesis", "Move", "NoRepeat",
+    "OneByOne", "Past", "RepetitionPenalty", "Request", "Rows", "Rule", "Sample", "Search", "Session", "Steps",
+    "Suppress", "SuppressFirst", "decode", "stream",
 ]  # fmt: skip

@@ -4,9 +4,10 @@ import dataclasses as dc
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
-from qkv.decode.rules import NEVER
-from qkv.decode.search import Hypothesis, Rows, Search
+from qkv.decode.rules import NEVER, Past
+from qkv.decode.search import Hypothesis, Move, Search, Steps
 from qkv.errors import QkvError
 from qkv.spec import part
 
@@ -31,19 +32,25 @@ class Beam(Search):
         if not 1 <= self.n_best <= self.size:
             raise QkvError(f"a beam of {self.size} gives 1 to {self.size} hypotheses, not {self.n_best}")
 
+    @property
+    def paths(self) -> int:
+        return self.size
+
     def run(
-        self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
-    ) -> list[list[Hypothesis]]:
-        k, device = self.size, rows.logits.device
+        self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+    ) -> Steps:
+        k, device = self.size, logits.device
         wide = k * (1 + max(1, len(ends)))  # of so many extensions k do not end
         beams = [_Row(limit, self) for limit in limits]
         live = list(beams)
-        rows.select(torch.arange(len(beams), device=device).repeat_interleave(k))
         # At first the k paths of a row are the same: only one of them may go on.
+        row_of = torch.arange(len(beams), device=device).repeat_interleave(k)
+        logits = logits[row_of]
+        past.select(row_of)
         total = torch.full((len(beams), k), NEVER, device=device)
         total[:, 0] = 0.0
         while True:
-            log_p = rows.past.ruled(rows.logits.log_softmax(-1))
+            log_p = past.ruled(logits.log_softmax(-1))
             scores = total[:, :, None] + log_p.unflatten(0, (-1, k))
             best, at = scores.flatten(1).topk(min(wide, scores[0].numel()), 1)
             path, token = at // scores.shape[2], at % scores.shape[2]
@@ -53,11 +60,15 @@ class Beam(Search):
             if not going:
                 return [beam.best(self.n_best) for beam in beams]
             kept = [step for step in steps if step is not None]
-            parents = torch.tensor([[n * k + p for p in step.parents] for n, step in zip(going, kept, strict=True)])
-            rows.select(parents.flatten().to(device))
+            parents = torch.tensor([n * k + p for n, step in zip(going, kept, strict=True) for p in step.parents])
+            parents = parents.to(device)
             total = torch.tensor([step.totals for step in kept], device=device)
-            rows.feed(torch.tensor([step.tokens for step in kept], device=device).flatten())
+            tokens = torch.tensor([step.tokens for step in kept], device=device).flatten()
+            past.select(parents)
+            past.feed(tokens)
+            logits = yield Move(row_of[parents], tokens)
             live = [live[n] for n in going]
+            row_of = torch.arange(len(tokens), device=device)
 
 
 @dc.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from qkv.decode.rules import NEVER
-from qkv.decode.search import Hypothesis, Rows, Search
+from qkv.decode.rules import NEVER, Past
+from qkv.decode.search import Hypothesis, Move, Search, Steps
 from qkv.spec import part
 
 
@@ -19,16 +19,16 @@ class OneByOne(Search):
         """A function (scores: B V, rows: B, numbers of the rows) → ids B; a shift of all scores changes nothing."""
 
     def run(
-        self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
-    ) -> list[list[Hypothesis]]:
+        self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+    ) -> Steps:
         choose, alive = self.chooser(seeds), torch.arange(len(limits))
         ids: list[list[int]] = [[] for _ in limits]
         log_p, ended = [0.0] * len(limits), [False] * len(limits)
         while True:
-            scores = rows.past.ruled(rows.logits)
+            scores = past.ruled(logits)
             chosen = choose(scores, alive)
             score = scores.gather(1, chosen[:, None])[:, 0]
-            gained = rows.logits.gather(1, chosen[:, None])[:, 0] - rows.logits.logsumexp(-1)
+            gained = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
             on = []
             each = zip(alive.tolist(), chosen.tolist(), gained.tolist(), score.tolist(), strict=True)
             for n, (row, token, gain, left) in enumerate(each):
@@ -42,11 +42,13 @@ class OneByOne(Search):
                         on.append(n)
             if not on:
                 return [[Hypothesis(*row)] for row in zip(ids, log_p, log_p, ended, strict=True)]
+            keep = None
             if len(on) < len(alive):
                 keep = torch.tensor(on)
                 alive, chosen = alive[keep], chosen[keep]
-                rows.select(keep)
-            rows.feed(chosen)
+                past.select(keep)
+            past.feed(chosen)
+            logits = yield Move(keep, chosen)
 
 
 @part("greedy")

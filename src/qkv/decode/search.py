@@ -1,7 +1,8 @@
 """What every search does, and the rows that it steps through a model."""
 
 import dataclasses as dc
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ class Hypothesis:
     """Whether it ends in the end token, not at the limit."""
 
 
+@dc.dataclass(frozen=True, eq=False)
+class Move:
+    """What a search feeds next: a token for each row that goes on, which continues the row `parents` before."""
+
+    parents: Tensor | None
+    """B; None is every row, as they stand."""
+    tokens: Tensor
+    """B."""
+
+
+Steps: TypeAlias = Generator[Move, Tensor, list[list[Hypothesis]]]
+"""A search at work: it gives moves, is sent the scores of what comes next (B V), and returns each text's hypotheses."""
+
+
 class Rows:
     """A batch of rows that have been fed to a model, with the scores of what comes next (`logits`, B V in fp32)."""
 
@@ -48,15 +63,21 @@ class Rows:
         x = model.hidden(ids, state=self.state, lengths=None if equal else lengths.to(model.device))
         self.logits = model.logits(x[torch.arange(len(x)), lengths - 1]).float()
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.state.select(rows)
-        self.past.select(rows)
-        self.logits = self.logits[rows]
+    def follow(self, steps: Steps) -> list[list[Hypothesis]]:
+        """Feed what a search asks for → what it finds."""
+        try:
+            move = next(steps)
+            while True:
+                if move.parents is not None:
+                    self.state.select(move.parents)
+                self.feed(move.tokens)
+                move = steps.send(self.logits)
+        except StopIteration as end:
+            found: list[list[Hypothesis]] = end.value
+            return found
 
     def feed(self, ids: Tensor) -> None:
         """One more token for each row (B)."""
-        self.past.feed(ids)
         self.logits = self.model.logits(self.model.hidden(ids[:, None], state=self.state)[:, 0]).float()
 
 
@@ -70,10 +91,18 @@ class Search(Spec):
 
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def paths(self) -> int:
+        """How many rows a text takes at most."""
+        return 1
+
     def run(
-        self, rows: Rows, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
-    ) -> list[list[Hypothesis]]:
-        """The best hypotheses of each row, best first; row b has at most limits[b] tokens, any of `ends` ends it."""
+        self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+    ) -> Steps:
+        """From the scores of what follows each prompt (B V) to the best hypotheses of each text, best first.
+
+        Text b has at most limits[b] tokens, and any of `ends` ends it.
+        """
         raise AssertionError(f"{type(self).__name__} does not say how it searches")
 
 
@@ -100,6 +129,7 @@ def decode(
     try:
         ends = () if end is None else (end,) if isinstance(end, int) else frozenset(end)
         rows = Rows(model, prompts, memory, limits, search.rules, ends)
-        return search.run(rows, limits, ends, seeds if seeds is not None else range(len(prompts)))
+        seeds = seeds if seeds is not None else range(len(prompts))
+        return rows.follow(search.run(rows.logits, rows.past, limits, ends, seeds))
     finally:
         model.train(training)

@@ -174,7 +174,7 @@ def run(
     `valid` (B T) marks the real tokens wherever they stand; `lengths` (B) says that rows are packed left already.
     A memory stays packed (`unpack=False`).
     """
-    embed, stack, norm, mask, path, program = wiring
+    embed, program = wiring.embed, wiring.program
     if ids.dim() != 2:
         raise QkvError(f"ids have the shape (batch, tokens), not {tuple(ids.shape)}")
     order, T = None, ids.shape[1]
@@ -185,27 +185,38 @@ def run(
         ids = take(ids, order)
     if embed.room is not None and (0 if state is None else state.most) + T > embed.room:
         raise QkvError(f"{T} tokens are too many: the model has {embed.room} positions; shorten the text")
-    recording = Recording(tap, order) if tap is not None else None
-    positions = torch.arange(T, device=ids.device)[None] if state is None else state.positions(T)
-    start = 0 if state is None else state.start
-    given = {**(state.given if state is not None else {}), **given}
-    context = Context(positions, mask, start, lengths, order, given, recording=recording, path=path)
     if state is not None:
         if state.owner is not program:
             raise QkvError("this state is of other passes: make another with new_state after qkv.fast and qkv.slow")
         state.reserve(T)
-        mask.refuse(context, T)
-    if program is not None:
-        if recording is not None:
-            raise QkvError("a native program cannot be looked into: qkv.slow(model) gives its passes back to torch")
-        if "segments" in given:
-            given = {**given, "segments": context.packed("segments", (1,)).expand(ids.shape)}
-        x = program(ids, lengths, state, given)
+        given = {**state.given, **given}
+    if program is None:
+        x = passed(ids, wiring, lengths, order, given, state, tap)
+    elif tap is not None:
+        raise QkvError("a native program cannot be looked into: qkv.slow(model) gives its passes back to torch")
     else:
-        x = stack(embed(ids, context), context, state.cells if state is not None else None)
-        x = x if norm is None else norm(x, context)
+        if "segments" in given and order is not None:
+            given = {**given, "segments": take(given["segments"], order)}
+        x = program(ids, lengths, state, given)
     if state is not None:
         state.advance(T, lengths)
+    return x if order is None or not unpack else take(x, order.argsort(1))
+
+
+def passed(
+    ids: Tensor, wiring: Wiring, lengths: Tensor | None, order: Tensor | None, given: Mapping[str, Tensor],
+    state: State | None, tap: Tap | None,
+) -> Tensor:  # fmt: skip
+    """The pass itself, by torch."""
+    T, recording = ids.shape[1], Recording(tap, order) if tap is not None else None
+    positions = torch.arange(T, device=ids.device)[None] if state is None else state.positions(T)
+    start = 0 if state is None else state.start
+    context = Context(positions, wiring.mask, start, lengths, order, given, recording=recording, path=wiring.path)
+    if state is not None:
+        wiring.mask.refuse(context, T)
+    x = wiring.stack(wiring.embed(ids, context), context, state.cells if state is not None else None)
+    if wiring.norm is not None:
+        x = wiring.norm(x, context)
     if recording is not None:
         recording.sealed = True
-    return x if order is None or not unpack else take(x, order.argsort(1))
+    return x

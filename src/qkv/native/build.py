@@ -27,12 +27,18 @@ def built() -> Path:
     if target.exists():
         return target
     print("compiling qkv's kernels for this processor, once (about 10 s) …", file=sys.stderr)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise QkvError(
+            f"{target.parent} cannot be written to ({fault.strerror}): set QKV_CACHE to another folder"
+        ) from None
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         done = subprocess.run([*command, str(SOURCES / "engine.cpp"), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+            said = next((line for line in done.stderr.splitlines() if "error" in line), "").strip()
+            said = said or " ".join(done.stderr.split())[-200:] or f"it ended with status {done.returncode}"
             raise QkvError(f"{compiler} cannot compile qkv's kernels: {said}")
         os.replace(made, target)
     return target

@@ -22,7 +22,8 @@ from qkv.state import Cell, State
 
 Numbers: TypeAlias = np.ndarray[Any, Any]
 ROWS = 256
-"""So many rows are computed together at most, that what is between two products stays in the cache."""
+"""So many rows are computed together at most."""
+SLOTS = np.arange(ROWS, dtype=np.int32)
 
 
 class Program:
@@ -88,6 +89,8 @@ class Pass(Program):
     def __call__(self, ids: Tensor, lengths: Tensor | None, state: State | None, given: Mapping[str, Tensor]) -> Tensor:
         """ids B T → B T C, in fp32; rows packed left, of which the first lengths[b] are computed."""
         B, T = ids.shape
+        if T == 1 and lengths is None and state is not None and B <= ROWS and "segments" not in given:
+            return self.step(ids, state)
         begins = np.zeros(B, np.int64) if state is None else state.lengths.numpy()
         ends = begins + (T if lengths is None else lengths.numpy())
         at = np.arange(B * T) if lengths is None else np.flatnonzero(np.arange(T) < (ends - begins)[:, None])
@@ -97,7 +100,8 @@ class Pass(Program):
             "positions": (begins[text] + column).astype(np.int32),
         }
         if "segments" in given and self.segments:
-            rows["segments"] = known("segments", given["segments"].numpy().reshape(-1)[at], self.segments)
+            segments = given["segments"].expand(B, T).numpy()
+            rows["segments"] = known("segments", segments.reshape(-1)[at], self.segments)
         self.reach(int(ends.max(initial=1)))
         x = torch.empty(len(at), self.width)
         for some in self.parts(ends - begins) if state is None else [slice(0, B)]:
@@ -119,6 +123,22 @@ class Pass(Program):
         out = torch.zeros(B, T, self.width)
         out.view(-1, self.width)[at] = x
         return out
+
+    def step(self, ids: Tensor, state: State) -> Tensor:
+        """One more token for each text: the same, without what only longer calls need."""
+        begins, (cells,) = state.lengths.numpy(), state.cells
+        lasts = begins + 1
+        self.reach(int(lasts.max(initial=1)))
+        own = cells["text"]
+        assert isinstance(own, Paged)
+        own.reserve(begins, lasts)
+        more: dict[str, Any] = {"text": own.seen(lasts.astype(np.int32))}
+        for cell in cells.values():
+            more |= cell.fields() if isinstance(cell, Read | Held) else {}
+        x = torch.empty(len(ids), 1, self.width)
+        tokens = known("ids", ids.numpy()[:, 0], self.vocabulary)
+        self.run(x, tokens=tokens, positions=begins.astype(np.int32), slots=SLOTS, **more)
+        return x
 
     def parts(self, counts: Numbers) -> Iterator[slice]:
         """Texts without a state that are computed together: as many as fill the kernels, so that few hold a cache."""

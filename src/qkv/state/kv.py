@@ -1,6 +1,7 @@
 """The keys and values that an attention has seen."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ class KV:
 
     def select(self, rows: Tensor) -> None:
         self.k, self.v = self.k[rows], self.v[rows]
+
+    def fork(self, rows: Tensor | None, room: int) -> "KV":
+        """Copies, since slots are written in place; of a larger room only the first slots."""
+        chosen, kept = slice(None) if rows is None else rows, min(room, self.room)
+
+        def copied(x: Tensor) -> Tensor:
+            made = x.new_zeros(len(x) if rows is None else len(rows), x.shape[1], room + 1, x.shape[3])
+            made[:, :, :kept] = x[chosen, :, :kept]
+            return made
+
+        return KV(copied(self.k), copied(self.v))
+
+    def join(self, other: Self) -> None:
+        self.k, self.v = torch.cat((self.k, other.k)), torch.cat((self.v, other.v))
+
+    def needs(self, rooms: Sequence[int], memories: Sequence[int]) -> int:
+        """Rows of one state have the room of the longest."""
+        slot = self.k.shape[1] * (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
+        return len(rooms) * (max(rooms, default=0) + 1) * slot
 
     def mark(self) -> Any:
         return None

@@ -1,5 +1,10 @@
 """What a recurrence carries from token to token."""
 
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
 from torch import Tensor
 
 
@@ -14,6 +19,15 @@ class Recurrent:
 
     def select(self, rows: Tensor) -> None:
         self.now = {name: value[rows] for name, value in self.now.items()}
+
+    def fork(self, rows: Tensor | None, room: int) -> "Recurrent":
+        return Recurrent(**(self.now if rows is None else {name: value[rows] for name, value in self.now.items()}))
+
+    def join(self, other: Self) -> None:
+        self.now = {name: torch.cat((value, other.now[name])) for name, value in self.now.items()}
+
+    def needs(self, rooms: Sequence[int], memories: Sequence[int]) -> int:
+        return len(rooms) * sum(math.prod(value.shape[1:]) * value.element_size() for value in self.now.values())
 
     def mark(self) -> dict[str, Tensor]:
         return self.now

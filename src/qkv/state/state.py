@@ -1,13 +1,14 @@
 """The state of a batch of rows: lengths once for all layers, and a cell for each branch of each executed layer."""
 
 import dataclasses as dc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
+from qkv.state.cross import Cross
 
 
 class Cell(Protocol):
@@ -18,6 +19,15 @@ class Cell(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken several times."""
+
+    def fork(self, rows: Tensor | None, room: int) -> "Cell":
+        """A cell of its own with these rows (None: all) and room for so many tokens, which shares what it can."""
+
+    def join(self, other: Any) -> None:
+        """Add the rows of another cell of its kind and room behind its own; the other stays as it is."""
+
+    def needs(self, rooms: Sequence[int], memories: Sequence[int]) -> int:
+        """The bytes that rows take at most, which grow to so many tokens and read memories of so many."""
 
     def mark(self) -> Any:
         """What `rewind` needs to come back to this moment."""
@@ -46,6 +56,8 @@ class State:
     def __init__(self, cells: list[dict[str, Cell]], batch: int, room: int, device: torch.device) -> None:
         self.cells, self.room = cells, room
         self.given: dict[str, Tensor] = {}
+        self.owner: Any = None
+        """The program whose cells these are; None is torch."""
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.start: int | None = 0
         self.most = 0
@@ -68,7 +80,7 @@ class State:
         """T more tokens were fed, of which row b's first lengths[b] are real."""
         self.lengths = self.lengths + (T if lengths is None else lengths)
         self.start = self.start + T if lengths is None and self.start is not None else None
-        self.most += T
+        self.most = self.most + T if lengths is None else int(self.lengths.max()) if len(lengths) else 0
 
     def select(self, rows: Tensor) -> Self:
         """Keep these rows, in this order; a row may be taken several times (beams)."""
@@ -79,6 +91,45 @@ class State:
         if self.start is None and len(rows):
             self.most = int(self.lengths.max())
         return self
+
+    def fork(self, rows: Tensor | None = None, room: int | None = None) -> "State":
+        """A state of its own with these rows, which shares what it can; by default all of them, and the same room.
+
+        Of a row that is longer than its new room only the beginning is there: `rewind` goes back to it.
+        """
+        room = self.room if room is None else room
+        cells = [{branch: cell.fork(rows, room) for branch, cell in layer.items()} for layer in self.cells]
+        chosen = slice(None) if rows is None else rows
+        made = State(cells, 0, room, self.lengths.device)
+        made.owner, made.start, made.most, made.lengths = self.owner, self.start, self.most, self.lengths[chosen]
+        made.given = {name: value[chosen] for name, value in self.given.items()}
+        if made.start is None and len(made.lengths):
+            made.most = int(made.lengths.max())
+        return made
+
+    def join(self, other: "State") -> Self:
+        """Add the rows of another state of the same model and room behind its own; the other stays as it is."""
+        if self.owner is not other.owner:
+            raise QkvError("states of different passes are not joined: make both with one model's new_state")
+        if self.room != other.room or self.given.keys() != other.given.keys():
+            raise QkvError(
+                "states that are joined have one room and were given tensors alike; found room for "
+                f"{self.room} and {other.room} tokens, {sorted(self.given)} and {sorted(other.given)}: fork(room=…)"
+            )
+        pairs: list[tuple[Any, Any]] = list(zip(self, other, strict=True))
+        if not self.given and any(isinstance(a, Cross) and a.size != b.size for a, b in pairs):
+            raise QkvError("memories of unequal length are joined where their lengths were given: memory_lengths=…")
+        for cell, behind in pairs:
+            cell.join(behind)
+        self.lengths = torch.cat((self.lengths, other.lengths))
+        self.given = {name: torch.cat((value, other.given[name])) for name, value in self.given.items()}
+        self.start = self.start if self.start == other.start else None
+        self.most = max(self.most, other.most)
+        return self
+
+    def needs(self, rooms: Sequence[int], memories: Sequence[int] = ()) -> int:
+        """The bytes that rows take at most, which grow to so many tokens and read memories of so many."""
+        return sum(cell.needs(rooms, memories) for cell in self)
 
     def mark(self) -> Mark:
         """This moment, to come back to."""

@@ -43,10 +43,14 @@ void write_head(const Op& op, const Call& call, int row, int head, float* x) {
   const int at = position % PAGE, group = (head - heads) % groups;
   if (key) {
     T* keys = (T*)(page + op.keys_at) + (int64_t)group * PAGE * width + at / LANES * LANES * width + at % LANES;
-    for (int i = 0; i < width; i++) put(keys + LANES * i, x[i]);
+    sixteens(width, [&](int i, int some) {
+      T column[LANES];
+      kept(load(x + i, some), column);
+      for (int k = 0; k < some; k++) keys[LANES * (i + k)] = column[k];
+    });
   } else {
     T* values = (T*)(page + op.values_at) + ((int64_t)group * PAGE + at) * padded(width);
-    for (int i = 0; i < width; i++) put(values + i, x[i]);
+    sixteens(width, [&](int i, int some) { kept(load(x + i, some), values + i); });  // whose rows are whole sixteens
   }
 }
 

@@ -119,9 +119,10 @@ inline bool pack(const Format& from, const uint8_t* rows, int count, int inputs,
   bool sound = true;
   Part part;
   for (int row = 0; row < count; row++) {
-    uint8_t* numbers = tiles + row / LANES * apart + row % LANES * 4;
-    half* scales = (half*)(tiles + row / LANES * apart + (int64_t)parts * numbers_bytes(store)) + row % LANES;
-    for (int p = 0; p < parts; p++, numbers += numbers_bytes(store)) {
+    uint8_t* to = tiles + row / LANES * apart;
+    for (int p = 0; p < parts; p++, to += block_bytes(store)) {
+      uint8_t* numbers = to + row % LANES * 4;
+      half* scales = (half*)(to + numbers_bytes(store)) + row % LANES;
       from.unpack(rows + row * stride + p / in_block * from.bytes, p % in_block, part);
       if (!(store & BITS8))
         for (int i = 0; i < 16; i++) part.q[i] |= part.q[i + 16] << 4;

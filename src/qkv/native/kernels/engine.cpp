@@ -4,6 +4,10 @@
 #include <mutex>
 #include <new>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 #include "attention.h"
 #include "blocks.h"
 #include "experts.h"
@@ -23,8 +27,12 @@ class Scratch {
   void* reserve(size_t bytes) {
     if (bytes > size_) {
       free(data_);
-      size_ = (bytes + 4095) & ~(size_t)4095;
-      data_ = aligned_alloc(4096, size_);
+      const size_t page = bytes < LARGE ? 4096 : LARGE;  // of large memory in large pages, which spare address lookups
+      size_ = (bytes + page - 1) / page * page;
+      data_ = aligned_alloc(page, size_);
+#ifdef MADV_HUGEPAGE
+      if (data_ && page == LARGE) madvise(data_, size_, MADV_HUGEPAGE);
+#endif
       if (!data_) {
         size_ = 0;
         throw std::bad_alloc();
@@ -38,6 +46,7 @@ class Scratch {
   }
 
  private:
+  static constexpr size_t LARGE = 1 << 21;
   void* data_ = nullptr;
   size_t size_ = 0;
 };
@@ -94,8 +103,22 @@ class Engine {
     for (int i = 0; i < count; i++) {
       if (i + 1 < count) deal(t, (i + 1) % 2, pieces(ops[i + 1]));  // so that no record begins with a wait
       execute(ops[i], t, i % 2);
-      pool_.barrier.wait();
+      const Op* next = i + 1 < count ? next_product(ops + i + 1, ops + count) : nullptr;
+      if (!next) {
+        pool_.barrier.wait();
+        continue;
+      }
+      const int64_t bytes = tile_bytes(next->store, next->inputs) * (next->gated ? 2 : 1);
+      const int64_t from = units(*next) * (int64_t)t / pool_.threads(), to = units(*next) * (int64_t)(t + 1) / pool_.threads();
+      pool_.barrier.wait(next->weight + from * bytes, std::min<int64_t>((to - from) * bytes, WAITING));
     }
+  }
+
+  static constexpr int64_t WAITING = 65536;  // bytes of weights that a waiting thread reads ahead
+
+  static const Op* next_product(const Op* op, const Op* end) {
+    while (op < end && (op->kind != LINEAR || op->experts)) op++;
+    return op < end ? op : nullptr;
   }
 
   void prepare() {
@@ -339,23 +362,27 @@ class Engine {
           dense_tiles<bfloat>(w, tiles, some, op.inputs, op.inputs, rows, out[0], ROWS * LANES);
         else
           for (int i = 0; i < tiles; i++) packed_tile(op.store, w + i * bytes, x.packed.row(row), rows, out[i]);
-        for (int i = 0; i < tiles; i += unit)
-          for (int r = 0; r < rows; r++)
-            finish(op, tile + i, where(row + r), load(out[i] + LANES * r), load(out[i + unit - 1] + LANES * r));
+        for (int i = 0; i < tiles; i += unit) finish(op, tile + i, row, rows, out[i], out[i + unit - 1], where);
       }
     }
   }
 
-  // y = (act(x + bias) (× the other + its bias)) × weight + residual
-  void finish(const Op& op, int tile, Place place, F x, F other) {
+  // y = (act(x + bias) (× the other + its bias)) × weight + residual, for rows of a tile
+  template <class Where>
+  void finish(const Op& op, int tile, int first, int rows, const float* x, const float* other, Where where) {
     const int column = LANES * (op.gated ? tile / 2 : tile);
     const int n = (op.gated ? op.outputs / 2 : op.outputs) - column;
-    if (op.bias) x += load(op.bias + tile * LANES);
-    if (op.act) x = activated(op.act, x, op.softcap);
-    if (op.gated) x *= op.bias ? other + load(op.bias + (tile + 1) * LANES) : other;
-    if (op.weighted) x *= place.weight;
-    if (op.residual >= 0) x += load(at(op.residual, place.row, column), n);
-    store(at(op.out, place.row, op.out_at + place.at + column), x, n);
+    const F bias = op.bias ? load(op.bias + tile * LANES) : F{};
+    const F other_bias = op.bias && op.gated ? load(op.bias + (tile + 1) * LANES) : F{};
+    for (int r = 0; r < rows; r++) {
+      const Place place = where(first + r);
+      F y = load(x + LANES * r) + bias;
+      if (op.act) y = activated(op.act, y, op.softcap);
+      if (op.gated) y *= load(other + LANES * r) + other_bias;
+      if (op.weighted) y *= place.weight;
+      if (op.residual >= 0) y += load(at(op.residual, place.row, column), n);
+      store(at(op.out, place.row, op.out_at + place.at + column), y, n);
+    }
   }
 
   // residual + what each choice made

@@ -37,7 +37,10 @@ inline F load(const float* p, int n) {
   memcpy(&v, p, n * sizeof(float));
   return v;
 }
-inline void store(float* p, F v, int n) { memcpy(p, &v, (n < LANES ? n : LANES) * sizeof(float)); }
+inline void store(float* p, F v, int n) {
+  if (n >= LANES) return store(p, v);
+  memcpy(p, &v, n * sizeof(float));
+}
 
 inline F choose(I mask, F yes, F no) { return mask ? yes : no; }
 inline F max(F a, F b) { return a > b ? a : b; }
@@ -125,9 +128,17 @@ inline F load(const bfloat* p) {
   return (F)(__builtin_convertvector(load<Bits>(p), Wide) << 16);
 }
 
-// A cache of halves holds no infinity: 0 times it, where a key is masked, would be no number.
-inline void put(half* p, float x) { *p = to_half(std::fmin(std::fmax(x, -65504.0f), 65504.0f)); }
-inline void put(float* p, float x) { *p = x; }
+// Sixteen numbers as a cache keeps them. One of halves holds no infinity: 0 times it, where a key is masked, would be no
+// number.
+inline void kept(F x, half* p) {
+  x = min(max(x, splat(-65504.0f)), splat(65504.0f));
+#ifdef __AVX512F__
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0));
+#else
+  for (int i = 0; i < LANES; i++) p[i] = to_half(x[i]);
+#endif
+}
+inline void kept(F x, float* p) { store(p, x); }
 
 // --- dot products of four unsigned with four signed bytes, in each lane ---
 

@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -26,7 +27,8 @@ class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
 
-  void wait() {
+  // Until all threads are here. Meanwhile `bytes` of what will be read next are brought into the cache.
+  void wait(const uint8_t* next = nullptr, int64_t bytes = 0) {
     if (threads_ == 1) return;
     int now = generation_.value.load(std::memory_order_relaxed);
     if (arrived_.value.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
@@ -34,8 +36,14 @@ class Barrier {
       generation_.value.store(now + 1, std::memory_order_release);
       return;
     }
+    int64_t at = 0;
     for (int spins = 0; generation_.value.load(std::memory_order_acquire) == now; spins++) {
-      pause();
+      if (at < bytes) {
+        __builtin_prefetch(next + at, 0, 2);
+        at += 64;
+      } else {
+        pause();
+      }
       if (spins > PATIENCE) sched_yield();  // a peer may have lost its core
     }
   }

@@ -1,10 +1,10 @@
 // Weights in tiles of 16 outputs, and their product with up to 16 rows of activations.
 //
 // Packed: 32 inputs at a time, the four bytes of a lane being four consecutive inputs of one output, so that a dot
-// product needs no sum across lanes. A tile is all its numbers, then all its scales:
-//   numbers  inputs/32 × (4 bits: 4 × 64 bytes, inputs 0…15 in the low and 16…31 in the high nibbles; 8 bits: 8 × 64)
-//   scales   inputs/32 × (d: 16 halves; twice where each half of the 32 has its own; then the same for the minima m)
-// A weight is d (q − zero), or d q + m. Activations are quantised to 8 bits with a scale for each 32 of them.
+// product needs no sum across lanes. A tile is, for each 32 inputs,
+//   numbers  4 bits: 4 × 64 bytes, inputs 0…15 in the low and 16…31 in the high nibbles; 8 bits: 8 × 64 bytes
+//   scales   d: 16 halves, twice where each half of the 32 has its own; then the same for the minima m
+// in one stream, since two would halve the speed at which memory is read. A weight is d (q − zero), or d q + m. Activations are quantised to 8 bits with a scale for each 32 of them.
 // Dense: a tile is inputs × 16 floats, or bfloats; activations stay floats.
 //
 // Every product adds in the same order whatever the number of rows: steps equal prefill, bit for bit.
@@ -23,10 +23,12 @@ inline bool dense(int store) { return store >= FLOAT; }
 constexpr int numbers_bytes(int store) { return store & BITS8 ? 512 : 256; }
 constexpr int scales_bytes(int store) { return 32 * (store & HALVES ? 2 : 1) * (store & MINIMA ? 2 : 1); }
 
+constexpr int block_bytes(int store) { return numbers_bytes(store) + scales_bytes(store); }
+
 inline int64_t tile_bytes(int store, int64_t inputs) {
   if (store == FLOAT) return inputs * 64;
   if (store == BFLOAT) return inputs * 32;
-  return (inputs / BLOCK * (numbers_bytes(store) + scales_bytes(store)) + 63) & ~63;
+  return (inputs / BLOCK * block_bytes(store) + 63) & ~63;
 }
 
 // --- activations ---
@@ -95,13 +97,13 @@ void tile(const uint8_t* w, Activations x, float* out) {
   constexpr int zero = (S & MINIMA ? 0 : S & BITS8 ? 128 : 8) - (S & BITS8 ? TAKEN8 : 0);
   constexpr bool halves = S & HALVES, minima = S & MINIMA;
   const int blocks = x.inputs / BLOCK;
-  const half* scales = (const half*)(w + (int64_t)blocks * numbers_bytes(S));
   F sums[R] = {};
-  for (int b = 0; b < blocks; b++, w += numbers_bytes(S), scales += scales_bytes(S) / 2) {
+  for (int b = 0; b < blocks; b++, w += block_bytes(S)) {
+    const half* scales = (const half*)(w + numbers_bytes(S));
     I u[8];
     numbers<S>(w, u);
     if (R == 1)
-      for (int at = 0; at < numbers_bytes(S); at += 64) __builtin_prefetch(w + AHEAD + at);
+      for (int at = 0; at < block_bytes(S); at += 64) __builtin_prefetch(w + AHEAD + at);
     F d = load(scales), d2 = halves ? load(scales + LANES) : F{};
     F m = minima ? load(scales + LANES * (1 + halves)) : F{}, m2 = minima && halves ? load(scales + 3 * LANES) : F{};
 #pragma GCC unroll 16
@@ -204,10 +206,10 @@ void dense_tiles(const uint8_t* at, int tiles, const float* x, int64_t width, in
 
 // --- one row of a matrix, for embeddings ---
 
-inline float packed_weight(int store, const uint8_t* w, int blocks, int lane, int k) {
+inline float packed_weight(int store, const uint8_t* w, int lane, int k) {
   int b = k / BLOCK, i = k % BLOCK;
-  const uint8_t* n = w + (int64_t)b * numbers_bytes(store);
-  const half* scales = (const half*)(w + (int64_t)blocks * numbers_bytes(store)) + b * scales_bytes(store) / 2 + lane;
+  const uint8_t* n = w + (int64_t)b * block_bytes(store);
+  const half* scales = (const half*)(n + numbers_bytes(store)) + lane;
   int q;
   if (store & BITS8) {
     q = n[64 * (i / 4) + 4 * lane + i % 4];
@@ -231,7 +233,7 @@ inline void matrix_row(int store, const uint8_t* weight, int inputs, int row, fl
       uint32_t bits = (uint32_t)((const bfloat*)w)[LANES * k + lane].bits << 16;
       memcpy(out + k, &bits, 4);
     } else {
-      out[k] = packed_weight(store, w, inputs / BLOCK, lane, k);
+      out[k] = packed_weight(store, w, lane, k);
     }
   }
 }
