@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qkv.decode.rules import NEVER, Past
 from qkv.decode.search import Hypothesis, Move, Search, Steps
+from qkv.ops.sample import blocked
 from qkv.spec import part
 
 
@@ -56,4 +57,4 @@ class Greedy(OneByOne):
     """The likeliest token, each time."""
 
     def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda scores, rows: scores.argmax(-1)
+        return lambda scores, rows: blocked.argmax(scores)

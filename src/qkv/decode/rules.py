@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.errors import QkvError
@@ -56,11 +57,16 @@ class Past:
             self.ids, self.made = torch.cat((self.ids, ids[:, None].to(self.ids.device)), 1), self.made + 1
 
 
-def among(ids: Tensor, vocabulary: int) -> Tensor:
-    """Ids (… N) → which tokens of the vocabulary are among them (… V); −1, and what it lacks, is none of them."""
-    known = ids.where((ids >= 0) & (ids < vocabulary), vocabulary)
-    found = torch.zeros(*ids.shape[:-1], vocabulary + 1, dtype=torch.bool, device=ids.device)
-    return found.scatter_(-1, known, True)[..., :-1]
+def spread(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of scores (B V) with a column more, and ids (N or B N) as its columns; an id that V lacks is the last."""
+    V = scores.shape[1]
+    return F.pad(scores, (0, 1)), ids.where((ids >= 0) & (ids < V), V).expand(len(scores), -1)
+
+
+def without(scores: Tensor, ids: Tensor) -> Tensor:
+    """The scores, these ids (N or B N) forbidden; −1 forbids none."""
+    wide, columns = spread(scores, ids)
+    return wide.scatter_(1, columns, NEVER)[:, :-1]
 
 
 def only(scores: Tensor, token: int) -> Tensor:
@@ -86,8 +92,10 @@ class RepetitionPenalty(Rule):
             raise QkvError(f"a repetition penalty is above 0, and 1 does nothing; found {self.penalty}")
 
     def __call__(self, scores: Tensor, past: Past) -> Tensor:
-        changed = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return changed.where(among(past.ids, scores.shape[1]), scores)
+        wide, columns = spread(scores, past.ids)
+        seen = wide.gather(1, columns)
+        seen = torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
+        return wide.scatter_(1, columns, seen)[:, :-1]
 
 
 @part("no-repeat")
@@ -106,7 +114,7 @@ class NoRepeat(Rule):
             return scores
         windows = past.ids.unfold(1, n, 1)
         begun = (windows[..., :-1] == past.ids[:, None, T - n + 1 :]).all(-1)
-        return scores.masked_fill(among(windows[..., -1].where(begun, -1), scores.shape[1]), NEVER)
+        return without(scores, windows[..., -1].where(begun, -1))
 
 
 @part("ban")
@@ -126,14 +134,14 @@ class Ban(Rule):
         return [torch.tensor([word for word in self.words if len(word) == n]) for n in lengths]
 
     def __call__(self, scores: Tensor, past: Past) -> Tensor:
-        T, V = past.ids.shape[1], scores.shape[1]
+        T = past.ids.shape[1]
         for words in self.by_length:
             words, n = words.to(scores.device), words.shape[1]
             if n > T + 1:
                 break
             begun = (words[:, :-1] == past.ids[:, None, T - n + 1 :]).all(-1)
-            banned = among(words[:, -1].where(begun, -1), V)
-            scores = scores.masked_fill(banned & ~among(past.ends, V) if n == 1 else banned, NEVER)
+            last = words[:, -1].where(begun, -1)
+            scores = without(scores, last.where(~torch.isin(last, past.ends), -1) if n == 1 else last)
         return scores
 
 
@@ -153,7 +161,7 @@ class AtLeast(Rule):
         if missing <= 0:
             return scores
         short = past.lengths * self.prompt < missing
-        return scores.masked_fill(short[:, None] & among(past.ends, scores.shape[1]), NEVER)
+        return without(scores, past.ends.where(short[:, None], -1))
 
 
 @part("suppress")
@@ -164,7 +172,7 @@ class Suppress(Rule):
 
     def __call__(self, scores: Tensor, past: Past) -> Tensor:
         ids = torch.tensor(self.tokens, dtype=torch.long, device=scores.device)
-        return scores.masked_fill(among(ids, scores.shape[1]), NEVER)
+        return without(scores, ids)
 
 
 @part("suppress-first")

@@ -7,6 +7,7 @@ from enum import IntEnum, IntFlag
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qkv.native.build import built
@@ -105,12 +106,25 @@ def library() -> ct.CDLL:
 
 
 class Engine:
-    """Threads that run programs, one call at a time."""
+    """Threads that run programs, one call at a time.
+
+    While there is an engine of several threads, torch has one: what little it does beside a program would leave its
+    others spinning on the cores that the program needs (on two, 108 tokens a second became 288).
+    """
+
+    alive = 0
+    before = 1
+    """Torch's threads without an engine."""
 
     def __init__(self, threads: int | None = None) -> None:
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = min(threads or allowed, allowed)  # more than there are cores would wait for each other
         self.handle = library().qkv_engine(self.threads)
+        if not Engine.alive:
+            Engine.before = torch.get_num_threads()
+        Engine.alive += 1
+        if self.threads > 1:
+            torch.set_num_threads(1)
 
     def run(self, program: "Records", call: Call) -> None:
         if library().qkv_run(self.handle, program.handle, ct.byref(call)):
@@ -119,6 +133,9 @@ class Engine:
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             library().qkv_engine_free(self.handle)
+            Engine.alive -= 1
+            if not Engine.alive:
+                torch.set_num_threads(Engine.before)
 
 
 class Records:

@@ -21,7 +21,7 @@ def argmax(x: Tensor) -> Tensor:
     V = x.shape[1]
     if V % SUM:
         x = F.pad(x, (0, -V % SUM), value=-math.inf)
-    blocks = x.view(len(x), -1, SUM)
+    blocks = x.reshape(len(x), -1, SUM)
     block = blocks.amax(-1).argmax(-1)
     return block * SUM + chosen(blocks, block).argmax(-1)
 
@@ -32,7 +32,7 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = V // MAX
     if 2 * k > n:
         return naive.largest(x, k)
-    blocks = x[:, : n * MAX].view(B, n, MAX)
+    blocks = x[:, : n * MAX].reshape(B, n, MAX)
     best = blocks.amax(-1).topk(k, -1).indices[..., None]
     near = blocks.gather(1, best.expand(-1, -1, MAX)).flatten(1)
     ids = (best * MAX + torch.arange(MAX, device=x.device)).flatten(1)
@@ -74,7 +74,7 @@ def summed(w: Tensor) -> Tensor:
     V = w.shape[1]
     if V % SUM:
         w = F.pad(w, (0, -V % SUM))
-    return w.view(len(w), -1, SUM)
+    return w.reshape(len(w), -1, SUM)
 
 
 def chosen(blocks: Tensor, block: Tensor) -> Tensor:
