@@ -24,8 +24,8 @@ def fast(model: M, threads: int | None = None, *, say: Callable[[str], None] | N
     Weights are used as they are kept: floats as floats, and packed blocks with activations of 8 bits. They are copied
     in the order of use: what is changed in the model later is not seen until `fast` is called again. A pass with a
     part for which there is no kernel stays with torch, and `say` is told so once (standard error by default).
-    Until `slow` takes the passes back, gradients are not followed, no tap listens, and torch keeps to one thread. Raises
-    QkvError without a compiler.
+    Until `slow` takes the passes back, gradients are not followed, no tap listens, and torch keeps to one thread.
+    Raises QkvError without a compiler.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     slow(model)
