@@ -254,7 +254,8 @@ def measured(work: Work, models: Mapping[str, Module], limits: Limits, seconds: 
         timed(work, model, 0)  # what is slow only the first time
     for _ in range(ROUNDS):
         for form, model in models.items():
-            calls[form].append(timed(work, model, seconds / ROUNDS))
+            with threading(limits.threads if form == "torch" else 1):  # beside a program torch keeps to one
+                calls[form].append(timed(work, model, seconds / ROUNDS))
     speeds = {}
     for form, model in models.items():
         rate, (read, multiply) = median(calls[form]), least(work, model, limits)

@@ -1,6 +1,6 @@
 """Collecting the records of a program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,6 +46,7 @@ class Builder:
         self.ops: list[Fields] = []
         self.widths = [0, 0]
         self.named: dict[str, int] = {}
+        self.tables: dict[Any, Callable[[int], Tensor]] = {}
         self.page, self.memory_page, self.state_bytes = 0, 0, 0
         self.memories: list[tuple[Any, int, int]] = []
         """Each cross-attention, with where its keys and values stand in a page."""
@@ -61,6 +62,10 @@ class Builder:
 
     def add(self, kind: Kind, **fields: Any) -> None:
         self.ops.append({"kind": kind, **fields})
+
+    def table(self, key: Any, make: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """A function of a number of positions; layers that give an equal key share the table that it makes."""
+        return self.tables.setdefault(key, make)
 
     def floats(self, x: Tensor) -> Tensor:
         """A parameter as the kernels read it."""

@@ -84,8 +84,8 @@ def attention(build: Builder, body: Any, read: Read, add: Add) -> None:
         build.linear([body.q, body.k, body.v], read, Add(queries))
         keys, values = build.own_cache(groups, width)
         common |= reach(build.mask & spec.mask)
-        common |= distances(body.position)
-        build.add(Kind.KEYS, **{"in": queries}, **fields, keys_at=keys, values_at=values, **turns(body.position))
+        common |= distances(build, body.position, heads)
+        build.add(Kind.KEYS, **{"in": queries}, **fields, keys_at=keys, values_at=values, **turns(build, body.position))
     build.add(Kind.ATTEND, **{"in": queries}, out=mixed, **common, keys_at=keys, values_at=values,
               softcap=dot.softcap or 0.0)  # fmt: skip
     build.linear([body.o], Read(mixed), add)
@@ -199,7 +199,7 @@ def place(position: Positional | None) -> Positional | None:
     return position.target[0] if isinstance(position, SharedPosition) else position
 
 
-def turns(position: Any) -> Fields:
+def turns(build: Builder, position: Any) -> Fields:
     """How queries and keys are rotated."""
     position = place(position)
     spec: Any = None if position is None else position.spec
@@ -216,10 +216,11 @@ def turns(position: Any) -> Fields:
 
         return table
 
-    return {"turned": position.turned, "cos": wave(0), "sin": wave(1)}
+    cos, sin = (build.table((which, position.look(), position.turned), wave(which)) for which in range(2))
+    return {"turned": position.turned, "cos": cos, "sin": sin}
 
 
-def distances(position: Any) -> Fields:
+def distances(build: Builder, position: Any, heads: int) -> Fields:
     """What is added to the scores, by distance."""
     position = place(position)
     if position is None or not isinstance(position.spec, ALiBi | Relative):
@@ -230,4 +231,4 @@ def distances(position: Any) -> Fields:
         with torch.no_grad():
             return position.bias(queries, keys, Context(keys[0]))[0, :, 0].float().contiguous()
 
-    return {"distance": table}
+    return {"distance": build.table(("distance", position.look(), heads), table)}

@@ -69,7 +69,7 @@ class Pass(Program):
         build.normalise(wiring.norm, x, Add(OUTPUT))
         super().__init__(engine, build)
         self.width, self.mask = width, wiring.mask
-        self.vocabulary, self.room = len(wiring.embed.table), wiring.embed.room
+        self.vocabulary = len(wiring.embed.table)
         self.segments = 0 if wiring.embed.segments is None else wiring.embed.segments.num_embeddings
         self.pages = Pages(build.page)
         self.memories = Memories(engine, arena, build, width, wide_cache) if build.memories else None
@@ -108,12 +108,7 @@ class Pass(Program):
             if state is None:
                 mine = {name: given[name][some] for name in ("memory", "memory_lengths") if name in given}
             (cells,) = self.new_cells(some.stop - some.start, 1, mine) if state is None else state.cells
-            own = cells["text"]
-            assert isinstance(own, Paged)
-            own.reserve(begins[some], ends[some])
-            more: dict[str, Any] = {"text": own.seen(ends[some].astype(np.int32))}
-            for cell in cells.values():
-                more |= cell.fields() if isinstance(cell, Read | Held) else {}
+            more = prepared(cells, begins[some], ends[some])
             first, last = np.searchsorted(text, (some.start, some.stop)).tolist()
             slots = (text - some.start).astype(np.int32)
             for cut in self.cuts(first, last):
@@ -129,12 +124,7 @@ class Pass(Program):
         begins, (cells,) = state.lengths.numpy(), state.cells
         lasts = begins + 1
         self.reach(int(lasts.max(initial=1)))
-        own = cells["text"]
-        assert isinstance(own, Paged)
-        own.reserve(begins, lasts)
-        more: dict[str, Any] = {"text": own.seen(lasts.astype(np.int32))}
-        for cell in cells.values():
-            more |= cell.fields() if isinstance(cell, Read | Held) else {}
+        more = prepared(cells, begins, lasts)
         x = torch.empty(len(ids), 1, self.width)
         tokens = known("ids", ids.numpy()[:, 0], self.vocabulary)
         self.run(x, tokens=tokens, positions=begins.astype(np.int32), slots=SLOTS, **more)
@@ -154,6 +144,17 @@ class Pass(Program):
         """Rows of one call. Where tokens see those to come, no text may be cut."""
         step = ROWS if self.mask.incremental else max(last - first, 1)
         return (slice(at, min(at + step, last)) for at in range(first, last, step))
+
+
+def prepared(cells: Mapping[str, Cell], begins: Numbers, ends: Numbers) -> dict[str, Any]:
+    """Room for each text's positions begins[b] to ends[b] → what the kernels read of the cells, as fields of a call."""
+    own = cells["text"]
+    assert isinstance(own, Paged)
+    own.reserve(begins, ends)
+    fields: dict[str, Any] = {"text": own.seen(ends.astype(np.int32))}
+    for cell in cells.values():
+        fields |= cell.fields() if isinstance(cell, Read | Held) else {}
+    return fields
 
 
 def known(name: str, numbers: Numbers, count: int) -> Numbers:

@@ -82,7 +82,7 @@ def fill_dense(weight: Tensor, tiles: Tensor) -> None:
 
 
 def fill_packed(weight: Tensor, tiles: Tensor) -> None:
-    """Rows of blocks → tiles: all their numbers, then all their scales."""
+    """Rows of blocks → tiles."""
     assert isinstance(weight, Packed)
     blocks, kind = weight.blocks.contiguous(), BLOCKS[weight.format].id
     place = tiles.data_ptr(), tiles.stride(0)

@@ -109,7 +109,7 @@ class Engine {
         continue;
       }
       const int64_t bytes = tile_bytes(next->store, next->inputs) * (next->gated ? 2 : 1);
-      const int64_t from = units(*next) * (int64_t)t / pool_.threads(), to = units(*next) * (int64_t)(t + 1) / pool_.threads();
+      const int64_t n = units(*next), threads = pool_.threads(), from = n * t / threads, to = n * (t + 1) / threads;
       pool_.barrier.wait(next->weight + from * bytes, std::min<int64_t>((to - from) * bytes, WAITING));
     }
   }
@@ -491,7 +491,7 @@ void qkv_engine_free(Engine* engine) { delete engine; }
 Program* qkv_program(const Op* ops, int count, const int32_t* widths, int buffers, int wide_cache) {
   auto* program = new Program{{ops, ops + count}, {widths, widths + buffers}, wide_cache != 0};
   for (const Op& op : program->ops) {
-    program->widest = std::max({program->widest, op.inputs, op.outputs});
+    program->widest = std::max(program->widest, op.inputs);
     program->most = std::max(program->most, op.choices);
   }
   program->widest = (program->widest + 63) / 64 * 64;

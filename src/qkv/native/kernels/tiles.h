@@ -4,7 +4,8 @@
 // product needs no sum across lanes. A tile is, for each 32 inputs,
 //   numbers  4 bits: 4 × 64 bytes, inputs 0…15 in the low and 16…31 in the high nibbles; 8 bits: 8 × 64 bytes
 //   scales   d: 16 halves, twice where each half of the 32 has its own; then the same for the minima m
-// in one stream, since two would halve the speed at which memory is read. A weight is d (q − zero), or d q + m. Activations are quantised to 8 bits with a scale for each 32 of them.
+// in one stream, since two would halve the speed at which memory is read. A weight is d (q − zero), or d q + m.
+// Activations are quantised to 8 bits with a scale for each 32 of them.
 // Dense: a tile is inputs × 16 floats, or bfloats; activations stay floats.
 //
 // Every product adds in the same order whatever the number of rows: steps equal prefill, bit for bit.
