@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qkv import adapt
 from qkv.context import Tap
 from qkv.decode import Beam, Greedy, decode
 from qkv.errors import QkvError
@@ -21,7 +22,20 @@ from qkv.models.model import Model
 from qkv.native import fast, slow
 from qkv.ops.blocks import quantise
 from qkv.ops.blocks.packed import Packed
-from qkv.parts import Attention, Block, Branch, Classifier, Gated, Head, RMSNorm, Rotary, Stack, Tokens
+from qkv.parts import (
+    Attention,
+    Block,
+    Branch,
+    Classifier,
+    Experts,
+    Gated,
+    Head,
+    RMSNorm,
+    Rotary,
+    Stack,
+    Tokens,
+    TopK,
+)
 from qkv.parts.linear import Linear
 from qkv.spec import edit
 from qkv.zoo import PRESETS
@@ -464,3 +478,17 @@ def test_it_ends_with_its_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "torch.Size([2, 3, 23])\n", "")
+
+
+@torch.no_grad()
+def test_experts_in_blocks():
+    """All experts are chosen, so that no rounding of activations sends a token elsewhere."""
+    experts = Experts(hidden=64, count=3, router=TopK(k=3))
+    spec = Sequence(width=32, embed=Tokens(VOCAB), stack=Stack(Block(ffn=Branch(experts, pre=RMSNorm())), depth=2))
+    model = spec.build().eval()
+    assert adapt.quantise(model, "int8").formats.keys() >= {"stack.0.ffn.f.gate", "stack.1.ffn.f.down"}
+    ids = torch.arange(40).remainder(VOCAB).view(2, 20)
+    expected = model.hidden(ids)
+    assert fast(model, 2).programs
+    error = (model.hidden(ids) - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.02  # of activations in 8 bits
