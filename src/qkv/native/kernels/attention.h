@@ -70,32 +70,33 @@ void attend(const Op& op, const Cache& cache, int text, int group, const Query* 
   const int width = op.head_width, wide = padded(width);
   int from = queries[0].from, to = queries[0].to;
   for (int i = 1; i < N; i++) from = std::min(from, queries[i].from), to = std::max(to, queries[i].to);
-  const int first = from / LANES, last = (std::max(to, from) + LANES - 1) / LANES;
+  constexpr int SIDE = N >= 8 ? 2 : 4;  // sixteens of keys side by side: they share what is read of the queries
+  const int first = from / LANES / SIDE * SIDE, last = (std::max(to, from) + LANES - 1) / LANES;
   const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   F most[N];
   for (int i = 0; i < N; i++) most[i] = splat(-INFINITY);
-  for (int b = first; b < last; b++) {
+  for (int b = first; b < last; b += SIDE) {
     const T* keys = (const T*)(cache.page(text, b * LANES / PAGE) + op.keys_at) +
                     ((int64_t)group * PAGE + b * LANES % PAGE) * width;
-    F sums[N][2] = {};
-    int k = 0;
-    for (; k + 1 < width; k += 2)  // two sums each, for the latency of a multiplication
-      for (int u = 0; u < 2; u++) {
-        F column = load(keys + LANES * (k + u));
+    F sums[N][SIDE] = {};
+    for (int k = 0; k < width; k++) {
+      F column[SIDE];
+      for (int u = 0; u < SIDE; u++) column[u] = load(keys + LANES * (u * width + k));
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++) sums[i][u] = fma(column, splat(queries[i].q[k + u]), sums[i][u]);
-      }
-    if (k < width)
-      for (int i = 0; i < N; i++) sums[i][0] = fma(load(keys + LANES * k), splat(queries[i].q[k]), sums[i][0]);
-    const I at = lane + b * LANES;
-    for (int i = 0; i < N; i++) {
-      F s = sums[i][0] + sums[i][1];
-      if (op.softcap) s = activated(SOFTCAP, s, op.softcap);
-      if (queries[i].distance) s += load(queries[i].distance + b * LANES);
-      s = choose((at >= queries[i].from) & (at < queries[i].to), s, splat(-INFINITY));
-      most[i] = max(most[i], s);
-      store(scores + (int64_t)i * stride + (b - first) * LANES, s);
+      for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
+        for (int u = 0; u < SIDE; u++) sums[i][u] = fma(column[u], splat(queries[i].q[k]), sums[i][u]);
     }
+    for (int i = 0; i < N; i++)
+      for (int u = 0; u < SIDE; u++) {
+        const I at = lane + (b + u) * LANES;
+        F s = sums[i][u];
+        if (op.softcap) s = activated(SOFTCAP, s, op.softcap);
+        if (queries[i].distance) s += load(queries[i].distance + (b + u) * LANES);
+        s = choose((at >= queries[i].from) & (at < queries[i].to), s, splat(-INFINITY));
+        most[i] = max(most[i], s);
+        store(scores + (int64_t)i * stride + (b + u - first) * LANES, s);
+      }
   }
   float inverse[N];
   for (int i = 0; i < N; i++) {

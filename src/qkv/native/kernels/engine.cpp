@@ -143,7 +143,7 @@ class Engine {
       own.row.as<float>(program_->widest);
       own.q.as<int8_t>(program_->widest);
       own.blocks.as<Block>(program_->widest / BLOCK);
-      own.scores.as<float>((size_t)QUERIES * (longest_ + 2 * LANES));
+      own.scores.as<float>((size_t)QUERIES * (longest_ + 2 * PAGE));
     }
   }
 
@@ -348,7 +348,7 @@ class Engine {
                 Where where) {
     constexpr int TILES = 4;
     float out[TILES][ROWS * LANES];
-    const int unit = op.gated ? 2 : 1, step = dense(op.store) ? TILES : unit;
+    const int unit = op.gated ? 2 : 1, step = dense(op.store) ? TILES : 2;
     const int64_t bytes = tile_bytes(op.store, op.inputs);
     for (int row = first; row < last; row += ROWS) {
       const int rows = std::min(ROWS, last - row);
@@ -361,7 +361,7 @@ class Engine {
         else if (op.store == BFLOAT)
           dense_tiles<bfloat>(w, tiles, some, op.inputs, op.inputs, rows, out[0], ROWS * LANES);
         else
-          for (int i = 0; i < tiles; i++) packed_tile(op.store, w + i * bytes, x.packed.row(row), rows, out[i]);
+          packed_tiles(op.store, w, tiles, bytes, x.packed.row(row), rows, out[0]);
         for (int i = 0; i < tiles; i += unit) finish(op, tile + i, row, rows, out[i], out[i + unit - 1], where);
       }
     }
@@ -374,14 +374,15 @@ class Engine {
     const int n = (op.gated ? op.outputs / 2 : op.outputs) - column;
     const F bias = op.bias ? load(op.bias + tile * LANES) : F{};
     const F other_bias = op.bias && op.gated ? load(op.bias + (tile + 1) * LANES) : F{};
+    const Rows out = rows_of(op.out, 0, op.out_at + column), added = rows_of(op.residual, 0, column);
     for (int r = 0; r < rows; r++) {
       const Place place = where(first + r);
       F y = load(x + LANES * r) + bias;
       if (op.act) y = activated(op.act, y, op.softcap);
       if (op.gated) y *= load(other + LANES * r) + other_bias;
       if (op.weighted) y *= place.weight;
-      if (op.residual >= 0) y += load(at(op.residual, place.row, column), n);
-      store(at(op.out, place.row, op.out_at + place.at + column), y, n);
+      if (op.residual >= 0) y += load(added.row(place.row), n);
+      store(out.row(place.row) + place.at, y, n);
     }
   }
 
@@ -427,7 +428,7 @@ class Engine {
           query.to = std::min<int64_t>(length, (int64_t)position + op.ahead + 1);
           if (op.distance) query.distance = op.distance + h * (2LL * op.table_rows + 64) + op.table_rows - position;
         }
-      const int group = head / share, stride = longest_ + 2 * LANES;
+      const int group = head / share, stride = longest_ + 2 * PAGE;
       if (program_->wide_cache) attend_all<float>(op, cache, task.text, group, queries, n, scores, stride);
       else attend_all<half>(op, cache, task.text, group, queries, n, scores, stride);
     });

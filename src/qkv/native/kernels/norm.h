@@ -45,7 +45,7 @@ inline F activated(Act act, F x, float cap) {
   switch (act) {
     case IDENTITY: return x;
     case RELU: return max(x, F{});
-    case GELU: return 0.5f * x * (1.0f + erf(x * 0.707106781f));
+    case GELU: return x * normal(x);
     case GELU_TANH: return x * sigmoid(1.59576912f * fma(x * x * x, splat(0.044715f), x));
     case SILU: return x * sigmoid(x);
     case TANH_ACT: return tanh(x);

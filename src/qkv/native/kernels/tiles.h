@@ -54,14 +54,9 @@ inline void quantise(const float* x, Activations to) {
     F u = load(x + BLOCK * b), v = load(x + BLOCK * b + LANES);
     float most = largest(max(abs(u), abs(v)));
     float inverse = most > 0 ? 127 / most : 0;
-    I lo = rounded(u * inverse), hi = rounded(v * inverse);
-    bytes(to.q + BLOCK * b, lo);
-    bytes(to.q + BLOCK * b + LANES, hi);
-    Block& block = to.blocks[b];
-    block.scale = most / 127;
-    block.low = sum(lo);
-    block.sum = block.low + sum(hi);
-    block.moment = block.scale * (float)block.sum;
+    const int32_t low = bytes(to.q + BLOCK * b, rounded(u * inverse));
+    const int32_t all = low + bytes(to.q + BLOCK * b + LANES, rounded(v * inverse));
+    to.blocks[b] = {most / 127, all, low, most / 127 * (float)all};
   }
 }
 
@@ -82,77 +77,100 @@ inline void numbers(const uint8_t* w, I u[8]) {
   }
 }
 
-template <int S>
-inline I dots(I sum, const I* u, const int8_t* q) {  // four vectors: 16 inputs
-  for (int v = 0; v < 4; v++) {
+// sums[t] += the dot products of 16 inputs, of which those of vectors v…v + 3, with tile t.
+template <int S, int T>
+inline void dots(I (&sums)[T], const I (&u)[T][8], int v, const int8_t* q) {
+  for (int i = 0; i < 4; i++) {
     int32_t x;
-    memcpy(&x, q + 4 * v, 4);
-    sum = S & BITS8 ? dot8(sum, u[v], x) : dot4(sum, u[v], x);
+    memcpy(&x, q + 4 * i, 4);
+    for (int t = 0; t < T; t++) sums[t] = S & BITS8 ? dot8(sums[t], u[t][v + i], x) : dot4(sums[t], u[t][v + i], x);
   }
-  return sum;
 }
 
-// out[r][lane] = Σ over inputs, for R rows and one tile.
-template <int S, int R>
-void tile(const uint8_t* w, Activations x, float* out) {
+// out[t][r][lane] = Σ over inputs, for T tiles side by side, `apart` bytes apart, and R rows.
+template <int S, int T, int R>
+void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out) {
   constexpr int zero = (S & MINIMA ? 0 : S & BITS8 ? 128 : 8) - (S & BITS8 ? TAKEN8 : 0);
   constexpr bool halves = S & HALVES, minima = S & MINIMA;
   const int blocks = x.inputs / BLOCK;
-  F sums[R] = {};
+  F sums[T][R] = {};
   for (int b = 0; b < blocks; b++, w += block_bytes(S)) {
-    const half* scales = (const half*)(w + numbers_bytes(S));
-    I u[8];
-    numbers<S>(w, u);
-    if (R == 1)
-      for (int at = 0; at < block_bytes(S); at += 64) __builtin_prefetch(w + AHEAD + at);
-    F d = load(scales), d2 = halves ? load(scales + LANES) : F{};
-    F m = minima ? load(scales + LANES * (1 + halves)) : F{}, m2 = minima && halves ? load(scales + 3 * LANES) : F{};
-#pragma GCC unroll 16
+    I u[T][8];
+    F d[T], d2[T], m[T], m2[T];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++) {
+      const half* scales = (const half*)(w + t * apart + numbers_bytes(S));
+      numbers<S>(w + t * apart, u[t]);
+      d[t] = load(scales), d2[t] = halves ? load(scales + LANES) : F{};
+      m[t] = minima ? load(scales + LANES * (1 + halves)) : F{};
+      m2[t] = minima && halves ? load(scales + 3 * LANES) : F{};
+      if (R == 1)
+        for (int at = 0; at < block_bytes(S); at += 64) __builtin_prefetch(w + t * apart + AHEAD + at);
+    }
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const int8_t* q = x.q + (int64_t)r * x.inputs + BLOCK * b;
       const Block& block = x.blocks[r * blocks + b];
-      if constexpr (halves) {
-        int high = block.sum - block.low;
-        I lo = dots<S>(splat(-zero * block.low), u, q), hi = dots<S>(splat(-zero * high), u + 4, q + 16);
-        F y = fma(floats(lo), d, floats(hi) * d2);
-        if (minima) y = fma(m, splat((float)block.low), fma(m2, splat((float)high), y));
-        sums[r] = fma(y, splat(block.scale), sums[r]);
-      } else {
-        I all = splat(-zero * block.sum);
-        all = R == 1 ? dots<S>(all, u, q) + dots<S>(I{}, u + 4, q + 16) : dots<S>(dots<S>(all, u, q), u + 4, q + 16);
-        sums[r] = fma(floats(all) * d, splat(block.scale), sums[r]);
-        if (minima) sums[r] = fma(m, splat(block.moment), sums[r]);
+      const int high = block.sum - block.low;
+      const bool two = halves || R == 1;  // sums: of the halves, or of one row, for the latency of a product
+      I all[T], rest[T];
+      for (int t = 0; t < T; t++) {
+        all[t] = splat(-zero * (halves ? block.low : block.sum));
+        rest[t] = splat(halves ? -zero * high : 0);
+      }
+      dots<S>(all, u, 0, q);
+      dots<S>(two ? rest : all, u, 4, q + 16);
+#pragma GCC unroll 2
+      for (int t = 0; t < T; t++) {
+        F& sum = sums[t][r];
+        if constexpr (halves) {
+          F y = fma(floats(all[t]), d[t], floats(rest[t]) * d2[t]);
+          if (minima) y = fma(m[t], splat((float)block.low), fma(m2[t], splat((float)high), y));
+          sum = fma(y, splat(block.scale), sum);
+        } else {
+          sum = fma(floats(two ? all[t] + rest[t] : all[t]) * d[t], splat(block.scale), sum);
+          if (minima) sum = fma(m[t], splat(block.moment), sum);
+        }
       }
     }
   }
-  for (int r = 0; r < R; r++) store(out + LANES * r, sums[r]);
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) store(out + (t * ROWS + r) * LANES, sums[t][r]);
 }
 
+// Two tiles share what is read of the rows; of one or two rows a tile is read alone, which memory gives faster.
 template <int S>
-void tile_rows(const uint8_t* w, Activations x, int rows, float* out) {
+void packed_rows(const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out) {
   for (int r = 0; r < rows;) {
-    int n = rows - r;
-    auto some = x.row(r);
+    const int n = rows - r;
+    const auto some = x.row(r);
     float* to = out + LANES * r;
-    if (n >= 16) tile<S, 16>(w, some, to), r += 16;
-    else if (n >= 8) tile<S, 8>(w, some, to), r += 8;
-    else if (n >= 4) tile<S, 4>(w, some, to), r += 4;
-    else if (n >= 2) tile<S, 2>(w, some, to), r += 2;
-    else tile<S, 1>(w, some, to), r += 1;
+    if (n >= 4 && tiles == 2) {
+      packed_tile<S, 2, 4>(w, apart, some, to), r += 4;
+      continue;
+    }
+    const int step = n >= 4 ? 4 : n >= 2 ? 2 : 1;
+    for (int t = 0; t < tiles; t++, to += ROWS * LANES) {
+      const uint8_t* from = w + t * apart;
+      if (step == 4) packed_tile<S, 1, 4>(from, apart, some, to);
+      else if (step == 2) packed_tile<S, 1, 2>(from, apart, some, to);
+      else packed_tile<S, 1, 1>(from, apart, some, to);
+    }
+    r += step;
   }
 }
 
-// One packed tile and up to 16 rows → out[row][16].
-inline void packed_tile(int store, const uint8_t* w, Activations x, int rows, float* out) {
+// One packed tile or two, and up to 16 rows → out[tile][row][16].
+inline void packed_tiles(int store, const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out) {
   switch (store) {
-    case 0: return tile_rows<0>(w, x, rows, out);
-    case BITS8: return tile_rows<BITS8>(w, x, rows, out);
-    case HALVES: return tile_rows<HALVES>(w, x, rows, out);
-    case BITS8 | HALVES: return tile_rows<BITS8 | HALVES>(w, x, rows, out);
-    case MINIMA: return tile_rows<MINIMA>(w, x, rows, out);
-    case BITS8 | MINIMA: return tile_rows<BITS8 | MINIMA>(w, x, rows, out);
-    case HALVES | MINIMA: return tile_rows<HALVES | MINIMA>(w, x, rows, out);
-    case BITS8 | HALVES | MINIMA: return tile_rows<BITS8 | HALVES | MINIMA>(w, x, rows, out);
+    case 0: return packed_rows<0>(w, tiles, apart, x, rows, out);
+    case BITS8: return packed_rows<BITS8>(w, tiles, apart, x, rows, out);
+    case HALVES: return packed_rows<HALVES>(w, tiles, apart, x, rows, out);
+    case BITS8 | HALVES: return packed_rows<BITS8 | HALVES>(w, tiles, apart, x, rows, out);
+    case MINIMA: return packed_rows<MINIMA>(w, tiles, apart, x, rows, out);
+    case BITS8 | MINIMA: return packed_rows<BITS8 | MINIMA>(w, tiles, apart, x, rows, out);
+    case HALVES | MINIMA: return packed_rows<HALVES | MINIMA>(w, tiles, apart, x, rows, out);
+    case BITS8 | HALVES | MINIMA: return packed_rows<BITS8 | HALVES | MINIMA>(w, tiles, apart, x, rows, out);
   }
 }
 
