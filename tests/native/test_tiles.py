@@ -79,8 +79,13 @@ def quantised(x: Tensor) -> Tensor:
     return torch.from_numpy((q * (most / np.float32(127)).astype(np.float64)).reshape(x.shape))
 
 
+def read(w: Tensor, x: Tensor) -> Tensor:
+    """x as a product with w reads it, in fp64."""
+    return quantised(x) if isinstance(w, Packed) else x.to(w.dtype).double()
+
+
 def naive(w: Tensor, x: Tensor) -> Tensor:
-    return (quantised(x) if isinstance(w, Packed) else x.double()) @ kept(w).double().t()
+    return read(w, x) @ kept(w).double().t()
 
 
 def product(

@@ -71,14 +71,15 @@ def store_of(weight: Tensor) -> Store:
 
 
 def fill_dense(weight: Tensor, tiles: Tensor) -> None:
-    """Rows → tiles × inputs × 16, a megabyte or so at a time."""
-    dtype = torch.bfloat16 if store_of(weight) == Store.BFLOAT else torch.float32
+    """Rows → tiles × inputs × 16, or of bfloats tiles × inputs / 2 × 16 × 2, a megabyte or so at a time."""
+    dtype, pair = (torch.bfloat16, 2) if store_of(weight) == Store.BFLOAT else (torch.float32, 1)
     step = max(1, (1 << 20) // (LANES * weight.shape[1]))
     for at in range(0, len(tiles), step):
         rows, target = weight[LANES * at : LANES * (at + step)].detach(), tiles[at : at + step]
         rows = (rows.dequantise() if isinstance(rows, Packed) else rows).to(dtype)
-        rows = F.pad(rows, (0, 0, 0, LANES * len(target) - len(rows)))
-        target.view(dtype).view(len(target), -1, LANES).copy_(rows.unflatten(0, (-1, LANES)).transpose(1, 2))
+        rows = F.pad(rows, (0, -rows.shape[1] % pair, 0, LANES * len(target) - len(rows)))
+        columns = rows.unflatten(1, (-1, pair)).unflatten(0, (-1, LANES)).transpose(1, 2)
+        target.view(dtype).view(columns.shape).copy_(columns)
 
 
 def fill_packed(weight: Tensor, tiles: Tensor) -> None:

@@ -77,7 +77,7 @@ class Engine {
 
  private:
   struct Own {  // what a thread has to itself
-    Scratch row, q, blocks, scores, queries;
+    Scratch row, plain, q, blocks, scores, queries;
     Routed routed;
   };
 
@@ -141,6 +141,7 @@ class Engine {
     }
     for (auto& own : own_) {
       own.row.as<float>(program_->widest);
+      own.plain.as<float>(program_->widest);
       own.q.as<int8_t>(program_->widest);
       own.blocks.as<Block>(program_->widest / BLOCK);
       own.scores.as<float>((size_t)QUERIES * (longest_ + 2 * PAGE));
@@ -261,10 +262,17 @@ class Engine {
     sixteens(op.inputs, [&](int i, int n) { store(y + i, load(residual + i, n) + load(normed + i, n), n); });
   }
 
-  // What a product reads of a row: normalised, scaled, and quantised where the weights are.
-  void read(const Op& op, int row, int offset, float* normed, Activations to) {
+  struct Operand {  // rows as a product reads them: packed, or floats or pairs of bfloats
+    Activations packed;
+    float* plain;
+  };
+
+  // Row `to` of a product's operand: normalised, scaled, and kept as the weights are.
+  void read(const Op& op, int row, int offset, const Operand& operand, int64_t to, Scratch& passing) {
     const float* x = at(op.in, row, op.in_at + offset);
+    float* plain = operand.plain + to * columns(op.store, op.inputs);
     if (op.norm || op.scale != 1) {
+      float* normed = op.store == FLOAT ? plain : passing.as<float>(op.inputs);
       if (op.norm) norm_row(op.norm, x, op.inputs, op.eps, op.norm_weight, op.norm_bias, normed);
       if (op.scale != 1) {
         const float* from = op.norm ? normed : x;
@@ -272,8 +280,9 @@ class Engine {
       }
       x = normed;
     }
-    if (!dense(op.store)) quantise(x, to);
-    else if (x != normed) copy(x, normed, op.inputs);
+    if (!dense(op.store)) quantise(x, operand.packed.row(to));
+    else if (op.store == BFLOAT) round_row(x, op.inputs, (bfloat*)plain);
+    else if (x != plain) copy(x, plain, op.inputs);
   }
 
   void linear(const Op& op, int t, int turn) {
@@ -281,9 +290,9 @@ class Engine {
     Own& own = own_[t];
     Operand x = rows == 1 ? own_operand(op, own) : operand(op);
     if (rows == 1) {  // each thread reads the row for itself, sooner than it could wait for another
-      read(op, 0, 0, x.plain, x.packed);
+      read(op, 0, 0, x, 0, own.row);
     } else {
-      this->rows(t, [&](int row) { read(op, row, 0, x.to(op, row, own.row), x.packed.row(row)); });
+      this->rows(t, [&](int row) { read(op, row, 0, x, row, own.row); });
       pool_.barrier.wait();
     }
     const int64_t bytes = tile_bytes(op.store, op.inputs) * (op.gated ? 2 : 1);
@@ -304,7 +313,7 @@ class Engine {
     Operand x = operand(op);
     for (int p = (int64_t)pairs * t / threads; p < (int64_t)pairs * (t + 1) / threads; p++) {
       const Pair pair = routed.pairs[p];
-      read(op, pair.row, op.weighted ? pair.choice * op.inputs : 0, x.to(op, p, own_[t].row), x.packed.row(p));
+      read(op, pair.row, op.weighted ? pair.choice * op.inputs : 0, x, p, own_[t].row);
     }
     pool_.barrier.wait();
     for (int e = 0; e < op.experts; e++) {
@@ -322,16 +331,6 @@ class Engine {
     float weight;
   };
 
-  struct Operand {  // rows as a product reads them: packed, or floats
-    Activations packed;
-    float* plain;
-
-    // Where the floats of row r go: to stay, or only until they are packed.
-    float* to(const Op& op, int64_t r, Scratch& passing) const {
-      return dense(op.store) ? plain + r * op.inputs : passing.as<float>(op.inputs);
-    }
-  };
-
   Operand operand(const Op& op) {
     void* rows = q_.reserve(0);
     return {{(int8_t*)rows, (Block*)blocks_.reserve(0), op.inputs}, (float*)rows};
@@ -339,7 +338,7 @@ class Engine {
 
   static Operand own_operand(const Op& op, Own& own) {
     return {{own.q.as<int8_t>(op.inputs), own.blocks.as<Block>(op.inputs / BLOCK), op.inputs},
-            own.row.as<float>(op.inputs)};
+            own.plain.as<float>(op.inputs)};
   }
 
   // Units from…to of a product with rows first…last, 16 rows at a time so that they stay in the first cache.
@@ -355,13 +354,11 @@ class Engine {
       for (int tile = from * unit; tile < to * unit; tile += step) {
         const int tiles = std::min(step, to * unit - tile);
         const uint8_t* w = weight + tile * bytes;
-        const float* some = x.plain + (int64_t)row * op.inputs;
-        if (op.store == FLOAT)
-          dense_tiles<float>(w, tiles, some, op.inputs, op.inputs, rows, out[0], ROWS * LANES);
-        else if (op.store == BFLOAT)
-          dense_tiles<bfloat>(w, tiles, some, op.inputs, op.inputs, rows, out[0], ROWS * LANES);
-        else
-          packed_tiles(op.store, w, tiles, bytes, x.packed.row(row), rows, out[0]);
+        const int wide = columns(op.store, op.inputs);
+        const float* some = x.plain + (int64_t)row * wide;
+        if (op.store == FLOAT) dense_tiles<FLOAT>(w, tiles, some, wide, rows, out[0]);
+        else if (op.store == BFLOAT) dense_tiles<BFLOAT>(w, tiles, some, wide, rows, out[0]);
+        else packed_tiles(op.store, w, tiles, bytes, x.packed.row(row), rows, out[0]);
         for (int i = 0; i < tiles; i += unit) finish(op, tile + i, row, rows, out[i], out[i + unit - 1], where);
       }
     }

@@ -128,11 +128,6 @@ inline F load(const half* p) {
 #endif
 inline float to_float(float x) { return x; }
 
-inline F load(const bfloat* p) {
-  typedef uint16_t Bits __attribute__((vector_size(32)));
-  typedef uint32_t Wide __attribute__((vector_size(64)));
-  return (F)(__builtin_convertvector(load<Bits>(p), Wide) << 16);
-}
 
 // Sixteen numbers as a cache keeps them. One of halves holds no infinity: 0 times it, where a key is masked, would be no
 // number.
@@ -145,6 +140,29 @@ inline void kept(F x, half* p) {
 #endif
 }
 inline void kept(F x, float* p) { store(p, x); }
+
+// --- pairs of bfloats, the first of a pair in the lower half of a lane ---
+
+// Sixteen floats, rounded to the nearest bfloat.
+inline void round_to(bfloat* p, F x) {
+#ifdef __AVX512BF16__
+  const __m256bh b = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(p, &b, 32);
+#else
+  const I bits = (I)x, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  for (int i = 0; i < LANES; i++) p[i].bits = nearest[i];
+#endif
+}
+
+// sum + the products of the pairs
+inline F dot_pairs(F sum, F a, F b) {
+#ifdef __AVX512BF16__
+  return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum = fma((F)((I)a << 16), (F)((I)b << 16), sum);
+  return fma((F)((I)a & (int32_t)0xffff0000), (F)((I)b & (int32_t)0xffff0000), sum);
+#endif
+}
 
 // --- dot products of four unsigned with four signed bytes, in each lane ---
 

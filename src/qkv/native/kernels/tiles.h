@@ -6,10 +6,12 @@
 //   scales   d: 16 halves, twice where each half of the 32 has its own; then the same for the minima m
 // in one stream, since two would halve the speed at which memory is read. A weight is d (q − zero), or d q + m.
 // Activations are quantised to 8 bits with a scale for each 32 of them.
-// Dense: a tile is inputs × 16 floats, or bfloats; activations stay floats.
+// Dense: a tile is inputs × 16 floats, or inputs / 2 × 16 pairs of bfloats; activations are kept as the weights are.
 //
 // Every product adds in the same order whatever the number of rows: steps equal prefill, bit for bit.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 namespace qkv {
@@ -26,9 +28,11 @@ constexpr int scales_bytes(int store) { return 32 * (store & HALVES ? 2 : 1) * (
 
 constexpr int block_bytes(int store) { return numbers_bytes(store) + scales_bytes(store); }
 
+// The columns of a dense tile, 64 bytes each, and what a row of activations has for each of them, 4 bytes.
+inline int64_t columns(int store, int64_t inputs) { return store == FLOAT ? inputs : (inputs + 1) / 2; }
+
 inline int64_t tile_bytes(int store, int64_t inputs) {
-  if (store == FLOAT) return inputs * 64;
-  if (store == BFLOAT) return inputs * 32;
+  if (dense(store)) return columns(store, inputs) * 64;
   return (inputs / BLOCK * block_bytes(store) + 63) & ~63;
 }
 
@@ -176,50 +180,61 @@ inline void packed_tiles(int store, const uint8_t* w, int tiles, int64_t apart, 
 
 // --- dense products ---
 
+// A row of floats as bfloats; the last of an odd number makes a pair with 0.
+inline void round_row(const float* x, int inputs, bfloat* to) {
+  for (int k = 0; k < inputs; k += LANES) {
+    bfloat some[LANES];
+    round_to(some, load(x + k, inputs - k));
+    memcpy(to + k, some, std::min<int>(LANES, 2 * columns(BFLOAT, inputs - k)) * sizeof(bfloat));
+  }
+}
+
+template <int S>
+inline F product(F sum, F column, F value) {
+  return S == FLOAT ? fma(column, value, sum) : dot_pairs(sum, column, value);
+}
+
 // T tiles side by side keep enough sums in flight to hide the latency of a multiplication.
-template <class W, int T, int R>
-void dense_tile(const W* w, int64_t stride, const float* x, int64_t width, int inputs, float* out, int64_t apart) {
+template <int S, int T, int R>
+void dense_tile(const float* w, const float* x, int columns, float* out) {
   F sums[T][R] = {};
-  for (int k = 0; k < inputs; k++) {
+  for (int k = 0; k < columns; k++) {
     F column[T];
-    for (int t = 0; t < T; t++) column[t] = load(w + t * stride + LANES * k);
+    for (int t = 0; t < T; t++) column[t] = load(w + LANES * (t * (int64_t)columns + k));
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      F value = splat(x[r * width + k]);
+      const F value = splat(x[r * (int64_t)columns + k]);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; t++) sums[t][r] = fma(column[t], value, sums[t][r]);
+      for (int t = 0; t < T; t++) sums[t][r] = product<S>(sums[t][r], column[t], value);
     }
   }
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) store(out + t * apart + LANES * r, sums[t][r]);
+    for (int r = 0; r < R; r++) store(out + (t * ROWS + r) * LANES, sums[t][r]);
 }
 
-template <class W, int T>
-void dense_rows(const W* w, int64_t stride, const float* x, int64_t width, int inputs, int rows, float* out,
-                int64_t apart) {
+template <int S, int T>
+void dense_rows(const float* w, const float* x, int columns, int rows, float* out) {
   for (int r = 0; r < rows;) {
-    int n = rows - r;
-    const float* some = x + r * width;
+    const int n = rows - r;
+    const float* some = x + r * (int64_t)columns;
     float* to = out + LANES * r;
-    if (n >= 6) dense_tile<W, T, 6>(w, stride, some, width, inputs, to, apart), r += 6;
-    else if (n >= 4) dense_tile<W, T, 4>(w, stride, some, width, inputs, to, apart), r += 4;
-    else if (n >= 2) dense_tile<W, T, 2>(w, stride, some, width, inputs, to, apart), r += 2;
-    else dense_tile<W, T, 1>(w, stride, some, width, inputs, to, apart), r += 1;
+    if (n >= 6) dense_tile<S, T, 6>(w, some, columns, to), r += 6;
+    else if (n >= 4) dense_tile<S, T, 4>(w, some, columns, to), r += 4;
+    else if (n >= 2) dense_tile<S, T, 2>(w, some, columns, to), r += 2;
+    else dense_tile<S, T, 1>(w, some, columns, to), r += 1;
   }
 }
 
-// `tiles` dense tiles and up to 16 rows (`width` floats apart) → out[tile][row][16], tiles `apart` floats apart.
-template <class W>
-void dense_tiles(const uint8_t* at, int tiles, const float* x, int64_t width, int inputs, int rows, float* out,
-                 int64_t apart) {
-  const W* w = (const W*)at;
-  const int64_t stride = (int64_t)inputs * LANES;
+// `tiles` dense tiles and up to 16 rows → out[tile][row][16].
+template <int S>
+void dense_tiles(const uint8_t* at, int tiles, const float* x, int columns, int rows, float* out) {
+  const float* w = (const float*)at;
   for (int t = 0; t < tiles;) {
-    const W* from = w + t * stride;
-    float* to = out + t * apart;
-    if (tiles - t >= 4) dense_rows<W, 4>(from, stride, x, width, inputs, rows, to, apart), t += 4;
-    else if (tiles - t >= 2) dense_rows<W, 2>(from, stride, x, width, inputs, rows, to, apart), t += 2;
-    else dense_rows<W, 1>(from, stride, x, width, inputs, rows, to, apart), t += 1;
+    const float* from = w + t * (int64_t)columns * LANES;
+    float* to = out + t * ROWS * LANES;
+    if (tiles - t >= 4) dense_rows<S, 4>(from, x, columns, rows, to), t += 4;
+    else if (tiles - t >= 2) dense_rows<S, 2>(from, x, columns, rows, to), t += 2;
+    else dense_rows<S, 1>(from, x, columns, rows, to), t += 1;
   }
 }
 
@@ -249,7 +264,7 @@ inline void matrix_row(int store, const uint8_t* weight, int inputs, int row, fl
     if (store == FLOAT) {
       out[k] = ((const float*)w)[LANES * k + lane];
     } else if (store == BFLOAT) {
-      uint32_t bits = (uint32_t)((const bfloat*)w)[LANES * k + lane].bits << 16;
+      uint32_t bits = (uint32_t)((const bfloat*)w)[2 * (LANES * (k / 2) + lane) + k % 2].bits << 16;
       memcpy(out + k, &bits, 4);
     } else {
       out[k] = packed_weight(store, w, lane, k);
