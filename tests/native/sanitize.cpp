@@ -37,7 +37,7 @@ const uint8_t* tiles(int store, int inputs, int count) {
     if (store == FLOAT) {
       for (int i = 0; i < LANES * inputs; i++) ((float*)tile)[i] = number();
     } else if (store == BFLOAT) {
-      for (int i = 0; i < LANES * inputs; i++) ((uint16_t*)tile)[i] = 0x3d00 | (source() & 0x80ff);
+      for (int i = 0; i < 2 * LANES * columns(store, inputs); i++) ((uint16_t*)tile)[i] = 0x3d00 | (source() & 0x80ff);
     } else {
       for (int b = 0; b < inputs / BLOCK; b++) {
         half* scales = (half*)(tile + b * block_bytes(store) + numbers_bytes(store));
