@@ -139,6 +139,20 @@ def test_matrices_are_packed_and_compute_as_what_they_stand_for(name: str, kind:
     assert 0 < relative(answer(made), expected) < {"int8": 0.05, "int4": 0.6, "bf16": 0.05}[kind]
 
 
+def test_a_channel_has_one_scale() -> None:
+    made, groups = model("experts"), model("experts")
+    before = {key: x.clone() for key, x in made.state_dict().items()}
+    expected = answer(made)
+    done = quantise(made, "int8-channel")
+    assert done == quantise(groups, "int8") and set(done.formats.values()) == {"Q8_0"}
+    for key, x in packed(made).items():
+        half = before[key].double().abs().amax(-1, keepdim=True) / 254
+        assert ((x.dequantise() - before[key]).abs() <= half * (1 + 127 * 2**-9)).all()  # and 16 bits of the scale
+        scales = x.blocks.view(*x.blocks.shape[:-1], -1, 34)[..., :2]
+        assert (scales == scales[..., :1, :]).all()
+    assert relative(answer(groups), expected) < relative(answer(made), expected) < 0.1
+
+
 def test_what_stays() -> None:
     done = quantise(made := model("untied"), "int8")
     left = [name for name, x in made.named_parameters() if not isinstance(x, Packed)]
@@ -218,7 +232,7 @@ def test_a_model_of_another_dtype_computes_in_it(dtype: torch.dtype) -> None:
 def test_what_cannot_be_is_said_and_leaves_the_model() -> None:
     made = model()
     before = {name: x.clone() for name, x in made.state_dict().items()}
-    with pytest.raises(QkvError, match="quantised to int8, int4, bf16, not to 'int5'; did you mean"):
+    with pytest.raises(QkvError, match="quantised to int8, int8-channel, int4, bf16, not to 'int5'; did you mean"):
         quantise(made, "int5")
     with pytest.raises(QkvError, match=r"no weight that could be packed matches '\*\*.quey'"):
         quantise(made, "int8", keep="**.quey")

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from qkv.decode import Beam, Greedy, Hypothesis, Sample, Search, decode
+from qkv.decode import AtLeast, Beam, Greedy, Hypothesis, NoRepeat, Past, Rows, Sample, Search, beam, decode
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Module, Sequence
+from qkv.native import fast
 from qkv.parts import Attention, Block, Branch, FeedForward, Head, LayerNorm, Learned, Stack, Tokens
 from qkv.spec import edit
 from tests.contracts.specs import rough
@@ -180,6 +181,19 @@ def test_a_model_without_a_head_says_nothing():
         decode(edit(build("decoder").spec, "head", None).build(), [[1]], Greedy(), limits=[3], end=END)
 
 
+@torch.inference_mode()
+def test_scores_that_somebody_holds_stay():
+    """A program writes its scores where those of some steps before stood: only where nobody looks any longer."""
+    rows = Rows(fast(build("decoder").float(), 1), PROMPTS, None, [9] * 4, (), ())
+    held, copies = [], []
+    for token in range(6):
+        held.append(rows.logits if token % 2 else rows.logits[1:3])
+        copies.append(held[-1].clone())
+        rows.feed(torch.full((4,), token))
+    assert all(torch.equal(one, copy) for one, copy in zip(held, copies, strict=True))
+    assert len({one.data_ptr() for one in held}) == 6
+
+
 # --- beams ---
 
 
@@ -261,6 +275,37 @@ def test_beams_are_the_reference_librarys(penalty):
         assert [h.score for h in found] == pytest.approx(out.sequences_scores.tolist(), abs=1e-4)
         mixed |= {h.ended for h in found}
     assert True in mixed
+
+
+def test_the_likeliest_of_each_path_are_all_that_a_beam_needs(monkeypatch):
+    """As if all paths were extended by all tokens."""
+
+    def whole(logits, past, total, wide):
+        scores = total[..., None] + past.ruled(logits.log_softmax(-1)).unflatten(0, total.shape)
+        best, at = scores.flatten(1).topk(min(wide, scores[0].numel()), 1)
+        return best, at // scores.shape[2], at % scores.shape[2]
+
+    def found(how: Beam) -> list[list[Hypothesis]]:
+        past = Past(how.rules, [[1]] * 20, [12] * 20, ENDS, torch.device("cpu"))
+        steps = how.run(table[torch.arange(20)], past, [12] * 20, ENDS, range(20))
+        try:
+            move = next(steps)
+            while True:
+                move = steps.send(table[move.tokens])
+        except StopIteration as end:
+            return end.value
+
+    V = 1500
+    ENDS = {7, *range(100, V, 50)}
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(0)) * 2
+    for options in ({}, {"size": 1}, {"size": 7, "length_penalty": 0.3}, {"rules": (NoRepeat(1), AtLeast(3))}):
+        how = Beam(**{"n_best": options.get("size", 4), **options})
+        ours = found(how)
+        with monkeypatch.context() as patch:
+            patch.setattr(beam, "extensions", whole)
+            theirs = found(how)
+        assert ours == theirs
+        assert {h.ended for row in ours for h in row} == {True, False} or how.size == 1
 
 
 def test_a_wider_beam_finds_more_than_greedy_here():

@@ -16,7 +16,7 @@ from qkv import adapt
 from qkv.context import Tap
 from qkv.decode import Beam, Greedy, decode
 from qkv.errors import QkvError
-from qkv.masks import Full, Window
+from qkv.masks import Causal, Full, Same, Window
 from qkv.models import EncoderDecoder, Module, Sequence
 from qkv.models.model import Model
 from qkv.native import fast, slow
@@ -27,17 +27,21 @@ from qkv.parts import (
     Block,
     Branch,
     Classifier,
+    Decay,
     Experts,
+    Feature,
     Gated,
     Head,
     RMSNorm,
     Rotary,
+    Rule,
     Stack,
     Tokens,
     TopK,
 )
 from qkv.parts.linear import Linear
-from qkv.spec import edit
+from qkv.parts.mixers.memory import System
+from qkv.spec import edit, kinds
 from qkv.zoo import PRESETS
 from tests.contracts.specs import VOCAB, WIDTH, decoder, decoders, pairs, rough, shrunk
 
@@ -57,13 +61,30 @@ ENCODERS = {name: spec for name, spec in ENCODERS.items() if isinstance(spec, Se
     "a window": edit(decoder(), "mask", Window(4)),
     "classes": edit(edit(decoder(), "mask", Full()), "head", Classifier(labels=("a", "b", "c"))),
 }
+MEMORIES = [
+    *(f"{slot.__name__.lower()} {kind}" for slot in (Decay, Rule, Feature) for kind in kinds(slot)),
+    *(f"mixer {kind}" for kind in ("memory", *kinds(System))),
+    "delta-net-1.3b", "gated-delta-net-1.3b", "gla-1.3b", "retnet-1.3b",
+]  # fmt: skip
 TORCH = {
     "embedding one-hot": "the position OneHot(40)",
     "score additive": "the score Additive()",
+    "router biased-top-k": "the router BiasedTopK()",
+    "router noisy-top-k": "the router NoisyTopK()",
+    "window and sinks": "the mask Any((Window(3), Global(2)))",
+    "mixer channel-mix": "the mixer ChannelMix",
+    "mixer gru": "the mixer GRU",
+    "mixer lstm": "the mixer LSTM",
+    "mixer plain-experts": "the mixer PlainExperts",
+    "mixer rnn": "the mixer RNN",
+    **dict.fromkeys(MEMORIES, "the mixer Memory"),
+    **dict.fromkeys(["mixer rwkv6", "rwkv6-1.6b", "time mix and channel mix"], "the mixer Rwkv6"),
+    **dict.fromkeys(["rnn-search", "rnn-search-tiny"], "the mixer Bidirectional"),
 }
 """What has no kernel."""
 EVERY = {**different(decoders()), **ENCODERS, **PAIRS}
 DECODERS = [name for name in different(decoders()) if name not in TORCH]
+PROGRAMMED = [name for name in PAIRS if name not in TORCH]
 
 
 @cache
@@ -99,7 +120,7 @@ def feed(model: Module, ids: Tensor, cuts: list[int], state: Any) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*DECODERS, *TORCH, *ENCODERS])
+@pytest.mark.parametrize("name", [*DECODERS, *(name for name in TORCH if name not in PAIRS), *ENCODERS])
 def test_it_is_what_torch_computes(name: str, ids: Tensor) -> None:
     model, double = both(name)
     close(model(ids), double(ids))
@@ -186,7 +207,7 @@ def test_ragged_rows_step_select_and_rewind_bit_for_bit(name: str, side: str, id
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", PROGRAMMED)
 def test_an_encoder_decoder(name: str, ids: Tensor) -> None:
     (model, double), source, valid = both(name), random(3, 9), torch.ones(3, 9, dtype=torch.bool)
     valid[1, :4] = valid[2, 7:] = False
@@ -318,7 +339,7 @@ def test_a_model_in_bfloats(name: str, ids: Tensor) -> None:
 # --- searches ---
 
 
-@pytest.mark.parametrize("name", [*PAIRS, "smollm2-135m", "gpt2", "gemma-3-270m", "mixtral-8x7b", "mamba2-130m"])
+@pytest.mark.parametrize("name", [*PROGRAMMED, "smollm2-135m", "gpt2", "gemma-3-270m", "mixtral-8x7b", "mamba2-130m"])
 @pytest.mark.parametrize("how", [Beam(4), Greedy()], ids=["beam", "greedy"])
 def test_searches_find_the_same(name: str, how: Any) -> None:
     model, double = both(name)
@@ -351,11 +372,19 @@ def test_states_live_in_and_out_of_inference_mode(ids: Tensor) -> None:
 @pytest.mark.parametrize("name", TORCH)
 def test_what_has_no_kernel_is_said_once_and_computed_by_torch(name: str, ids: Tensor) -> None:
     model, said = rough(EVERY[name]).float(), []
-    expected = model(ids)
+    memory = model.encode(random(3, 9)) if isinstance(EVERY[name], EncoderDecoder) else {}
+    expected = model(ids, **memory)
     assert fast(model, say=said.append) is model
     (line,) = said
     assert line == f"no native kernel for {TORCH[name]}: this model stays with torch"
-    assert not model.programs and model.scores is None and torch.equal(model(ids), expected)
+    assert not model.programs and model.scores is None and torch.equal(model(ids, **memory), expected)
+
+
+@pytest.mark.parametrize("name", ["mamba-130m", "mamba2-130m"])
+def test_documents_in_one_row_stay_with_torch(name: str) -> None:
+    said: list[str] = []
+    fast(rough(edit(EVERY[name], "mask", Causal() & Same())).float(), say=said.append)
+    assert said == ["no native kernel for the mask Same(): this model stays with torch"]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tup
     compiler, folder = find_compiler(), tmp_path_factory.mktemp("sanitize")
     made = {}
     for n, (kind, flags) in enumerate(KINDS.items()):
-        command = [compiler, *FLAGS, *tuning(compiler), *flags, str(DRIVER), "-o", str(folder / str(n))]
+        command = [*compiler, *FLAGS, *tuning(), *flags, str(DRIVER), "-o", str(folder / str(n))]
         made[kind] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), folder / str(n)
     yield made
     for process, _ in made.values():

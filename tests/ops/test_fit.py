@@ -1,5 +1,7 @@
 """Blocks found by search: what they hold by the gguf package, and how near they are."""
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
-from qkv.ops.blocks import fit, quantise
+from qkv.ops.blocks import by_row, fit, quantise
 
 
 def theirs(type: str, blocks: Tensor) -> Tensor:
@@ -84,3 +86,17 @@ def test_numbers_that_have_no_blocks(value: float) -> None:
         fit("Q4_1", x)
     with pytest.raises(QkvError, match="rows of 31 weights are not whole blocks"):
         fit("Q4_1", x[:, :31])
+
+
+def test_a_row_has_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["qkv.ops.blocks.fit"], "SLICE", 7 * 96)  # 7 rows at a time
+    x = drawn("outliers").view(20, 15, 96)
+    x[3, 2] = 0
+    found = theirs("Q8_0", by_row(x)).double()
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    assert found.shape == x.shape and ((found - x).abs() <= step * (0.5 + 127 * 2**-11)).all() and not found[3, 2].any()
+    assert torch.equal(by_row(x[:, :, :32]), quantise("Q8_0", x[:, :, :32]))  # one block is a row
+    with pytest.raises(QkvError, match="rows of 33 weights are not whole blocks of Q8_0"):
+        by_row(torch.ones(2, 33))
+    with pytest.raises(QkvError, match="not a finite number, or too large for Q8_0"):
+        by_row(torch.tensor([[1.0] * 31 + [torch.inf]]))

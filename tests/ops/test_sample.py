@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from qkv.ops.sample import blocked, naive
+from qkv.ops.sample.blocked import Weights
 
 SIZES = [1, 2, 63, 64, 65, 511, 512, 513, 5000, 9000, 33001]
 BELOW = 1 - 2**-24
 forms = pytest.mark.parametrize("form", [naive, blocked])
+draws = pytest.mark.parametrize("draw", [naive.draw, blocked.draw, lambda w, u: Weights(w.log(), 1.0).draw(u)])
 sizes = pytest.mark.parametrize("V", SIZES)
 
 
@@ -56,43 +58,66 @@ def test_what_is_forbidden_is_largest_last():
     assert ids.max() < 9001
 
 
-@forms
 @sizes
 @pytest.mark.parametrize("T", [0.3, 1.0, 2.5])
-def test_weights_and_their_mass(form, V, T):
+def test_weights_and_their_mass(V, T):
     x = rows(V)
     x[0, V // 2] = -math.inf
-    m = x.amax(-1, keepdim=True)
     if V == 1:
-        x, m = x[1:], m[1:]
+        x = x[1:]
+    m = x.amax(-1, keepdim=True)
     expected = ((x.double() - m) / T).exp()
-    torch.testing.assert_close(form.weights(x, m, T).double(), expected, rtol=1e-5, atol=1e-30)
-    torch.testing.assert_close(form.mass(x, m, T).double(), expected.sum(-1, keepdim=True), rtol=1e-6, atol=0)
+    w = naive.weights(x, m, T)
+    torch.testing.assert_close(w.double(), expected, rtol=1e-5, atol=1e-30)
+    for mass in (naive.mass(w), Weights(x, T).mass):
+        torch.testing.assert_close(mass.double(), expected.sum(-1, keepdim=True), rtol=1e-6, atol=0)
 
 
-@forms
 @sizes
-def test_a_draw_inverts_the_distribution(form, V):
+def test_log_p_is_that_of_fp64(V):
+    x = rows(V, 20 if V > 5000 else 3).clamp(min=-60)
+    ids = torch.randint(V, (len(x),), generator=torch.Generator().manual_seed(V))
+    x[0, ids[0] - 1] = x[1, ids[1]] = -math.inf
+    if V == 1:
+        x, ids = x[2:], ids[2:]
+    expected = x.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    for found in (naive.log_p(x, ids), blocked.log_p(x, ids), Weights(x, 1.0).log_p(ids)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@draws
+@sizes
+def test_a_draw_inverts_the_distribution(draw, V):
     """u runs over the middles of N equal parts: each place is drawn as often as its share says, up to one."""
     N = 2000
     u = (torch.arange(N) + 0.5) / N
     for x in rows(V):
         w = ((x - x.max()) / 2).exp()
-        drawn = form.draw(w.expand(N, -1), u)
+        drawn = draw(w.expand(N, -1), u)
         assert torch.equal(drawn, drawn.sort().values)
         share = w.double() / w.double().sum()
         assert ((drawn.bincount(minlength=V) - N * share).abs() < 1.01).all()
 
 
-@forms
 @sizes
-def test_what_weighs_nothing_is_not_drawn(form, V):
+def test_a_draw_at_a_temperature_is_one_from_its_weights(V):
+    x, u = rows(V, 4), torch.tensor([0.0, 0.2, 0.6, BELOW])
+    for T in (0.5, 1.0, 3.0):
+        w = naive.weights(x, x.amax(-1, keepdim=True), T).double()
+        reached, drawn = (w.cumsum(-1) / w.sum(-1, keepdim=True)), Weights(x, T).draw(u)[:, None]
+        after, share = reached.gather(1, drawn)[:, 0], (w / w.sum(-1, keepdim=True)).gather(1, drawn)[:, 0]
+        assert ((after - share - 1e-5 <= u) & (u <= after + 1e-5)).all()
+
+
+@draws
+@sizes
+def test_what_weighs_nothing_is_not_drawn(draw, V):
     generator = torch.Generator().manual_seed(V)
     w = torch.rand(50, V, generator=generator) * (torch.rand(50, V, generator=generator) < 3 / V)
     w[torch.arange(50), torch.randint(V, (50,), generator=generator)] = 0.1
     first, last = (w > 0).int().argmax(-1), V - 1 - (w > 0).flip(-1).int().argmax(-1)
     for u in (0.0, 0.3, 0.5, 0.9, BELOW):
-        drawn = form.draw(w, torch.full((50,), u))
+        drawn = draw(w, torch.full((50,), u))
         assert (w[torch.arange(50), drawn] > 0).all()
         if u == 0.0:
             assert torch.equal(drawn, first)
@@ -100,29 +125,36 @@ def test_what_weighs_nothing_is_not_drawn(form, V):
             assert torch.equal(drawn, last)
 
 
+@draws
+def test_what_is_no_number_gives_some_place(draw):
+    assert 0 <= int(draw(torch.full((1, 700), math.nan), torch.tensor([0.5]))) < 700
+
+
 @forms
-def test_what_is_no_number_gives_some_place(form):
-    assert 0 <= int(form.draw(torch.full((1, 700), math.nan), torch.tensor([0.5]))) < 700
+def test_where_all_is_forbidden_some_place_is_largest(form):
     assert 0 <= int(form.argmax(torch.full((1, 700), -math.inf))) < 700
 
 
-@forms
 @pytest.mark.parametrize("V", [65, 5001, 70001])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_the_same_to_the_bit_beside_others(form, V, threads):
+def test_a_row_is_the_same_to_the_bit_beside_others(V, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         x = rows(V, 5) / 30
-        m, u = x.amax(-1, keepdim=True), torch.rand(5)
-        w, mass, (values, ids) = form.weights(x, m, 0.7), form.mass(x, m, 0.7), form.largest(x, 9)
-        drawn, best = form.draw(w, u), form.argmax(x)
+        u = torch.rand(5)
+
+        def found(x: Tensor, u: Tensor) -> list[Tensor]:
+            m = x.amax(-1, keepdim=True)
+            w, ours = naive.weights(x, m, 0.7), Weights(x, 0.7)
+            alike = [one for form in (naive, blocked) for one in (form.argmax(x), *form.largest(x, 9), form.draw(w, u))]
+            log_p = [*(form.log_p(x, alike[0]) for form in (naive, blocked)), ours.log_p(alike[0])]
+            return [*alike, *log_p, naive.mass(w), ours.sums, ours.mass, ours.draw(u)]
+
+        together = found(x, u)
         for n in range(5):
             one = slice(n, n + 1)
-            assert torch.equal(form.weights(x[one].clone(), m[one], 0.7), w[one])
-            assert torch.equal(form.mass(x[one].clone(), m[one], 0.7), mass[one])
-            assert torch.equal(form.draw(w[one].clone(), u[one]), drawn[one])
-            assert torch.equal(form.argmax(x[one].clone()), best[one])
-            assert all(torch.equal(a, b[one]) for a, b in zip(form.largest(x[one], 9), (values, ids), strict=True))
+            for alone, beside in zip(found(x[one].clone(), u[one]), together, strict=True):
+                assert torch.equal(alone, beside[one])
     finally:
         torch.set_num_threads(before)

@@ -275,7 +275,7 @@ def test_no_more_is_read_than_there_is_time_for(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("target", "bits", "words"), [
-    ("b", "int3", "weights are quantised to int8, int4, bf16, not to 'int3'; did you mean 'int"),
+    ("b", "int3", "weights are quantised to int8, int8-channel, int4, bf16, not to 'int3'; did you mean 'int"),
     ("b.gguf", "int8", "--quantize writes a directory for qkv; for a .gguf file there is --type Q4_1"),
     ("a", "int8", "a exists and is not an empty folder"),
 ])  # fmt: skip

@@ -2,7 +2,8 @@
 
 import dataclasses as dc
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,16 @@ from torch import Tensor, nn
 from qkv.adapt.lora import written_out
 from qkv.errors import QkvError
 from qkv.models import Module
-from qkv.ops.blocks import BLOCKS, fit
+from qkv.ops.blocks import BLOCKS, by_row, fit
 from qkv.ops.blocks.packed import Packed
 from qkv.parts.embed import TokenEmbedding
 from qkv.parts.head import VocabularyHead
 from qkv.parts.linear import Linear
 from qkv.spec import matches, nearest
 
-FORMATS = {"int8": "Q8_0", "int4": "Q4_1", "bf16": "BF16"}
-"""What weights become: 8 bits and a scale for each 32 of a row, 4 bits with a scale and a minimum, bfloats."""
+FORMATS = {"int8": "Q8_0", "int8-channel": "Q8_0", "int4": "Q4_1", "bf16": "BF16"}
+"""What weights become: 8 bits and a scale for each 32 of a row, or the same for all of it, 4 bits with a scale and a
+minimum for each 32, bfloats."""
 
 VOCABULARY = {**FORMATS, "int4": "Q8_0"}
 """What the matrices with a row for each token become. At 4 bits they would do a third of all harm: on 300 tokens of
@@ -59,7 +61,7 @@ class Place:
 
 
 def quantise(model: Module, kind: str, *, keep: str | Sequence[str] = ()) -> Quantised:
-    """Pack a model's matrices to "int8", "int4" or "bf16", in place, each gone before the next; → what was done.
+    """Pack a model's matrices to one of `FORMATS`, "int4" say, in place, each gone before the next; → what was done.
 
     Those are the weights of every Linear, of experts, of the head over a vocabulary and of the tokens' table, which
     under int4 stays at 8 bits as the head does. Norms, biases, positions, routers and classifiers stay as they are,
@@ -83,7 +85,7 @@ def quantise(model: Module, kind: str, *, keep: str | Sequence[str] = ()) -> Qua
             check(name, weight)
             formats[name] = format
     for name, format in formats.items():
-        pack(found[name], format)
+        pack(found[name], format, by_row if kind == "int8-channel" else partial(fit, format))
     return Quantised(formats, unfit, before, size(model))
 
 
@@ -93,19 +95,19 @@ def check_kind(kind: str) -> None:
         raise QkvError(f"weights are quantised to {', '.join(FORMATS)}, not to {kind!r}{nearest(kind, FORMATS)}")
 
 
-def pack(where: Sequence[Place], format: str) -> None:
+def pack(where: Sequence[Place], format: str, rounding: Callable[[Tensor], Tensor]) -> None:
     """Replace a weight in all its places; it is freed before the next is packed."""
     old = where[0].weight
-    blocks = fit(format, old.dequantise() if isinstance(old, Packed) else old).to(old.device)
+    blocks = rounding(old.dequantise() if isinstance(old, Packed) else old).to(old.device)
     put(where, nn.Parameter(Packed(format, blocks, old.dtype), old.requires_grad))
 
 
-def dequantise(model: Module) -> None:
-    """Give a model plain weights again, those that its blocks stand for, in place."""
+def dequantise(model: Module, which: Callable[[Packed], bool] = lambda weight: True) -> None:
+    """Give a model plain weights again, those that its blocks stand for, in place: all, or `which` says so of."""
     found: dict[int, list[Place]] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(weight, Packed):
+            if isinstance(weight, Packed) and which(weight):
                 found.setdefault(id(weight), []).append(Place(module, name))
     for where in found.values():
         old = where[0].weight

@@ -18,7 +18,8 @@ def convert(
         str | None, typer.Option(help="A directory's dtype: fp32, bf16 or fp16; left out, as it is.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Write a directory of packed weights, for qkv alone: int8, int4 or bf16.")
+        str | None,
+        typer.Option(help="Write a directory of packed weights, for qkv alone: int8, int8-channel, int4 or bf16."),
     ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read the weights of a .bin file, and nothing else of it.")

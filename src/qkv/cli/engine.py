@@ -53,7 +53,7 @@ def kept(weight: "Tensor") -> str:
 
 
 def hurried(task: "Task", adapted: bool) -> None:
-    """Give the model to the native program, adapters merged; what that cannot run is dequantised for torch."""
+    """Give the model to the native program, adapters merged; where torch runs it, dequantise what it is slow with."""
     from qkv.adapt import dequantise, merge
     from qkv.native import fast
 
@@ -61,7 +61,7 @@ def hurried(task: "Task", adapted: bool) -> None:
         if adapted:
             merge(task.model)
         fast(task.model)
-    except QkvError as fault:  # no compiler, say, or a packed weight that takes in no adapter
+    except QkvError as fault:  # a packed weight that takes in no adapter, say
         print(f"torch runs this model, several times more slowly: {fault}", file=sys.stderr)
     if not task.model.programs and not adapted:
-        dequantise(task.model)
+        dequantise(task.model, lambda weight: weight.served is None)

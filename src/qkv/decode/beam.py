@@ -9,6 +9,7 @@ from torch import Tensor
 from qkv.decode.rules import NEVER, Past
 from qkv.decode.search import Hypothesis, Move, Search, Steps
 from qkv.errors import QkvError
+from qkv.ops.sample import blocked
 from qkv.spec import part
 
 
@@ -43,32 +44,38 @@ class Beam(Search):
         wide = k * (1 + max(1, len(ends)))  # of so many extensions k do not end
         beams = [_Row(limit, self) for limit in limits]
         live = list(beams)
-        # At first the k paths of a row are the same: only one of them may go on.
-        row_of = torch.arange(len(beams), device=device).repeat_interleave(k)
-        logits = logits[row_of]
-        past.select(row_of)
-        total = torch.full((len(beams), k), NEVER, device=device)
-        total[:, 0] = 0.0
+        total = torch.zeros(len(beams), 1, device=device)  # at first a row has one path, the empty one
         while True:
-            log_p = past.ruled(logits.log_softmax(-1))
-            scores = total[:, :, None] + log_p.unflatten(0, (-1, k))
-            best, at = scores.flatten(1).topk(min(wide, scores[0].numel()), 1)
-            path, token = at // scores.shape[2], at % scores.shape[2]
+            best, path, token = extensions(logits, past, total, wide)
             choices = zip(best.tolist(), path.tolist(), token.tolist(), strict=True)
             steps = [beam.extend(*choice, ends) for beam, choice in zip(live, choices, strict=True)]
-            going = [n for n, step in enumerate(steps) if step is not None]
+            going = [(n, step) for n, step in enumerate(steps) if step is not None]
             if not going:
                 return [beam.best(self.n_best) for beam in beams]
-            kept = [step for step in steps if step is not None]
-            parents = torch.tensor([n * k + p for n, step in zip(going, kept, strict=True) for p in step.parents])
-            parents = parents.to(device)
-            total = torch.tensor([step.totals for step in kept], device=device)
-            tokens = torch.tensor([step.tokens for step in kept], device=device).flatten()
+            paths = total.shape[1]
+            parents = torch.tensor([n * paths + parent for n, step in going for parent in step.parents], device=device)
+            tokens = torch.tensor([token for _, step in going for token in step.tokens], device=device)
+            total = torch.tensor([step.totals for _, step in going], device=device)
             past.select(parents)
             past.feed(tokens)
-            logits = yield Move(row_of[parents], tokens)
-            live = [live[n] for n in going]
-            row_of = torch.arange(len(tokens), device=device)
+            logits = yield Move(parents, tokens)
+            live = [live[n] for n, _ in going]
+
+
+def extensions(logits: Tensor, past: Past, total: Tensor, wide: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest extensions of each row: their Σ log p, best first, the paths they extend, and by which tokens.
+
+    `total` (B k) is Σ log p of the paths whose scores `logits` (B·k V) are; of each only the `wide` likeliest tokens
+    may be among the row's. Without rules log p is made for these alone.
+    """
+    if past.rules:
+        log_p, ids = blocked.largest(past.ruled(logits.log_softmax(-1)), min(wide, logits.shape[1]))
+    else:
+        z, ids = blocked.largest(logits, min(wide, logits.shape[1]))
+        log_p = z - z[:, :1] + blocked.log_p(logits, ids[:, 0])[:, None]
+    scores = (total.view(-1, 1) + log_p).view(len(total), -1)
+    best, at = scores.topk(min(wide, scores.shape[1]), 1)
+    return best, at // log_p.shape[1], ids.view(len(total), -1).gather(1, at)
 
 
 @dc.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """One token at a time."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,15 +10,26 @@ from torch import Tensor
 from qkv.decode.rules import NEVER, Past
 from qkv.decode.search import Hypothesis, Move, Search, Steps
 from qkv.ops.sample import blocked
+from qkv.ops.sample.blocked import Weights
 from qkv.spec import part
+
+
+class Choose(Protocol):
+    """How a search chooses among the scores of what comes next."""
+
+    def __call__(self, scores: Tensor, rows: Tensor, weights: Weights | None = None) -> Tensor:
+        """Scores z: B V, numbers of the rows: B → ids B; a shift of all scores changes nothing.
+
+        `weights` are e^{z − max z}, where they are known.
+        """
 
 
 class OneByOne(Search):
     """Searches that follow a single path in each row; they differ in how the next token is chosen."""
 
     @abstractmethod
-    def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (scores: B V, rows: B, numbers of the rows) → ids B; a shift of all scores changes nothing."""
+    def chooser(self, seeds: Sequence[int]) -> Choose:
+        """A function that chooses for rows with these seeds."""
 
     def run(
         self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
@@ -27,9 +39,10 @@ class OneByOne(Search):
         log_p, ended = [0.0] * len(limits), [False] * len(limits)
         while True:
             scores = past.ruled(logits)
-            chosen = choose(scores, alive)
+            weights = Weights(logits, T=1.0)
+            chosen = choose(scores, alive, weights if scores is logits else None)
+            gained = weights.log_p(chosen) if weights.summed else blocked.log_p(logits, chosen)
             score = scores.gather(1, chosen[:, None])[:, 0]
-            gained = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
             on = []
             each = zip(alive.tolist(), chosen.tolist(), gained.tolist(), score.tolist(), strict=True)
             for n, (row, token, gain, left) in enumerate(each):
@@ -56,5 +69,5 @@ class OneByOne(Search):
 class Greedy(OneByOne):
     """The likeliest token, each time."""
 
-    def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda scores, rows: blocked.argmax(scores)
+    def chooser(self, seeds: Sequence[int]) -> Choose:
+        return lambda scores, rows, weights=None: blocked.argmax(scores)

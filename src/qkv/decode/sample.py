@@ -1,15 +1,16 @@
 """Tokens drawn at random."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.decode.greedy import OneByOne
+from qkv.decode.greedy import Choose, OneByOne
 from qkv.errors import QkvError
 from qkv.ops.sample import blocked, naive
+from qkv.ops.sample.blocked import Weights
 from qkv.spec import part
 
 FEW = 64
@@ -41,14 +42,16 @@ class Sample(OneByOne):
         if not 0 < (1.0 if self.top_p is None else self.top_p) <= 1 or not 0 <= (self.min_p or 0.0) <= 1:
             raise QkvError("top_p lies in (0, 1] and min_p in [0, 1]")
 
-    def chooser(self, seeds: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    def chooser(self, seeds: Sequence[int]) -> Choose:
         generators = [torch.Generator().manual_seed(self.mixed(seed)) for seed in seeds]
 
-        def choose(scores: Tensor, rows: Tensor) -> Tensor:
+        def choose(scores: Tensor, rows: Tensor, weights: Weights | None = None) -> Tensor:
             u = torch.cat([torch.rand(1, generator=generators[row]) for row in rows.tolist()]).to(scores.device)
+            if weights is None or self.temperature != 1:
+                weights = Weights(scores, self.temperature)
             if self.all:
-                return blocked.draw(blocked.weights(scores, scores.amax(-1, keepdim=True), self.temperature), u)
-            p, ids = self.kept(scores)
+                return weights.draw(u)
+            p, ids = self.kept(scores, weights)
             return ids.gather(1, naive.draw(p, u)[:, None])[:, 0]
 
         return choose
@@ -66,25 +69,25 @@ class Sample(OneByOne):
         """Whether nothing is cut."""
         return self.top_k is None and not self.nucleus and not self.min_p
 
-    def kept(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores z: B V → the probabilities that remain (not normalised) and their ids, likeliest first."""
+    def kept(self, scores: Tensor, weights: Weights | None = None) -> tuple[Tensor, Tensor]:
+        """Scores z: B V → the probabilities that remain (not normalised) and their ids, likeliest first.
+
+        `weights` are e^{(z − max z) / temperature}, if others look at them too.
+        """
         V = scores.shape[1]
         if self.top_k is None:
-            return self.searched(scores, V if self.all else min(FEW, V))
+            mass = (weights or Weights(scores, self.temperature)).mass if self.nucleus else None
+            return self.searched(scores, V if self.all else min(FEW, V), mass)
         z, ids = blocked.largest(scores, min(self.top_k, V))
         return self.cut(z), ids
 
-    def searched(self, scores: Tensor, k: int, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def searched(self, scores: Tensor, k: int, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is kept among the k likeliest of each row, and among more where none of these is cut."""
         V = scores.shape[1]
         z, ids = blocked.largest(scores, k)
-        if k == V:
-            return self.cut(z), ids
-        if mass is None and self.nucleus:
-            mass = blocked.mass(scores, z[:, :1], self.temperature)
         p = self.cut(z, mass)
         more = (p[:, -1] > 0).nonzero()[:, 0]
-        if not len(more):
+        if k == V or not len(more):
             return p, ids
         wider, their = self.searched(scores[more], min(WIDER * k, V), None if mass is None else mass[more])
         p, ids = (F.pad(x, (0, wider.shape[1] - k)) for x in (p, ids))

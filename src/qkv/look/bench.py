@@ -28,7 +28,7 @@ from qkv.look.limits import Limits, free_memory, machine, measure_limits, peak_m
 from qkv.models import EncoderDecoderModel, Module
 from qkv.native import fast
 from qkv.ops.blocks.packed import Packed
-from qkv.parts import Experts, TopK
+from qkv.parts import Sparse
 from qkv.parts.head import VocabularyHead
 from qkv.train.run import dtype_of, load
 
@@ -316,7 +316,7 @@ def own(module: nn.Module) -> Iterator[Tensor]:
 def chosen(module: nn.Module) -> float:
     """The share of a module's weights that one token multiplies with: of experts only those that it is sent to."""
     spec = getattr(module, "spec", None)
-    return spec.router.k / spec.count if isinstance(spec, Experts) and isinstance(spec.router, TopK) else 1.0
+    return spec.router.k / spec.count if isinstance(spec, Sparse) else 1.0
 
 
 def held(weight: Tensor) -> int:

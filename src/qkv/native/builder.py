@@ -48,6 +48,8 @@ class Builder:
         self.named: dict[str, int] = {}
         self.tables: dict[Any, Callable[[int], Tensor]] = {}
         self.page, self.memory_page, self.state_bytes = 0, 0, 0
+        self.runs: set[int] = set()
+        """The bytes that a head's keys, or its values, take of a page."""
         self.memories: list[tuple[Any, int, int]] = []
         """Each cross-attention, with where its keys and values stand in a page."""
 
@@ -124,6 +126,7 @@ class Builder:
         An encoder is done with those of a layer before the next: all its layers share one place.
         """
         keys, values = cache_bytes(groups, width, self.wide_cache)
+        self.runs |= {keys // groups, values // groups}
         if not self.mask.incremental:
             self.page = max(self.page, keys + values)
             return 0, keys

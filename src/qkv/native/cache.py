@@ -7,14 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.native.library import PAGE, Cache
+from qkv.native.library import LANES, PAGE, Cache
 
 
 class Pages:
     """Pages of 64 positions for all layers of a program, counted by how many texts hold them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, run: int | None = None) -> None:
+        self.size, self.run = size, run
+        """Bytes; a run is what each head's keys, and its values, take of a page, if that is as much for all."""
         self.memory: list[Tensor] = []
         self.address = np.zeros(0, np.uint64)
         self.held = np.zeros(0, np.int32)
@@ -45,10 +46,15 @@ class Pages:
             if not self.held[page]:
                 self.free.append(page)
 
-    def copy(self, page: int) -> int:
-        """Another page with the same content."""
+    def copy(self, page: int, used: int) -> int:
+        """Another page with the same first positions, `used` of them."""
         made = self.take()
-        self.memory[made].numpy()[:] = self.memory[page].numpy()  # also what was made in inference mode
+        old, new = self.memory[page].numpy(), self.memory[made].numpy()  # numpy also reads what inference mode made
+        if self.run is None:
+            new[:] = old
+        else:
+            part = self.run * -(-used // LANES) // (PAGE // LANES)
+            new.reshape(-1, self.run)[:, :part] = old.reshape(-1, self.run)[:, :part]
         return made
 
 
@@ -68,7 +74,7 @@ class Paged:
                     self.add(row)
                 elif self.pages.held[self.table[row, n]] > 1:
                     shared = self.table[row, n : n + 1].copy()
-                    self.table[row, n] = self.pages.copy(int(shared[0]))
+                    self.table[row, n] = self.pages.copy(int(shared[0]), max(0, start - n * PAGE))
                     self.pages.drop(shared)
 
     def add(self, row: int) -> None:

@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from enum import IntEnum, IntFlag
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Engine:
     others spinning on the cores that the program needs (on two, 108 tokens a second became 288).
     """
 
-    alive = 0
+    alive: ClassVar[WeakSet["Engine"]] = WeakSet()
     before = 1
     """Torch's threads without an engine."""
 
@@ -122,20 +123,32 @@ class Engine:
         self.handle = library().qkv_engine(self.threads)
         if not Engine.alive:
             Engine.before = torch.get_num_threads()
-        Engine.alive += 1
+        Engine.alive.add(self)
         if self.threads > 1:
             torch.set_num_threads(1)
 
     def run(self, program: "Records", call: Call) -> None:
+        if self.handle is None:
+            self.handle = library().qkv_engine(self.threads)
         if library().qkv_run(self.handle, program.handle, ct.byref(call)):
             raise MemoryError(f"there is no memory left for {call.rows} rows of a native program")
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             library().qkv_engine_free(self.handle)
-            Engine.alive -= 1
+            Engine.alive.discard(self)
             if not Engine.alive:
                 torch.set_num_threads(Engine.before)
+
+
+def forked() -> None:
+    """A child process has none of its parent's threads: each engine starts its own when it is next used."""
+    for engine in Engine.alive:
+        engine.handle = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forked)
 
 
 class Records:

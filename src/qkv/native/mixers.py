@@ -93,7 +93,7 @@ def attention(build: Builder, body: Any, read: Read, add: Add) -> None:
 
 @lowers(Experts)
 def experts(build: Builder, body: Any, read: Read, add: Add) -> None:
-    """Scores, a choice, what each chosen expert makes, and their sum."""
+    """Scores, a choice, what each chosen expert makes, and their sum, to which shared experts add."""
     spec, router = body.spec, body.spec.router
     if not isinstance(router, TopK):
         raise Unlowered(f"the router {router}")
@@ -102,6 +102,10 @@ def experts(build: Builder, body: Any, read: Read, add: Add) -> None:
     hidden, made = build.buffer("hidden", router.k * spec.hidden), build.buffer("choices", router.k * inner)
     build.linear([body.router.score], read, Add(logits))
     build.add(Kind.ROUTE, **{"in": logits}, out=routes, inputs=spec.count, choices=router.k, normalise=router.normalise)
+    if body.shared is not None:
+        shared = build.buffer("shared", inner)
+        lower(build, body.shared, read, Add(shared, add.residual))
+        add = Add(add.buffer, shared)
     routed: Fields = {"experts": spec.count, "choices": router.k, "routes": routes}
     pairs = [each for both in zip(body.gate, body.up, strict=True) for each in both]
     build.product(pairs, read, Add(hidden), 2 * spec.hidden, act=act(spec.act), gated=True, **routed)
@@ -112,14 +116,18 @@ def experts(build: Builder, body: Any, read: Read, add: Add) -> None:
 @lowers(Mamba)
 def mamba(build: Builder, body: Any, read: Read, add: Add) -> None:
     spec, inner = body.spec, len(body.x.weight)
+    reach(build.mask)  # documents in one row have no kernel
     both, x, steps = build.buffer("x and z", 2 * inner), build.buffer("x", inner), build.buffer("steps", inner)
     low, keys = build.buffer("low rank", len(body.dt_down.weight)), build.buffer("B and C", 2 * spec.state)
     mixed = build.buffer("mixed", inner)
     build.linear([body.x, body.z], read, Add(both))
     convolve(build, [body.x_conv], both, 0, Add(x))
     build.linear([body.dt_down], Read(x), Add(low))
+    normed(build, body.dt_norm, low)
     step_sizes(build, body.dt_up, body.dt_bias, Read(low), steps)
     build.linear([body.B, body.C], Read(x), Add(keys))
+    normed(build, body.B_norm, keys)
+    normed(build, body.C_norm, keys, spec.state)
     build.add(Kind.SCAN, **{"in": x}, out=mixed, steps=steps, keys=keys, gate=both, gate_at=inner, inputs=inner,
               states=spec.state, decay=build.floats(-body.A_log.float().exp().t()), skip=build.floats(body.D),
               state_at=build.state(inner * spec.state))  # fmt: skip
@@ -129,6 +137,7 @@ def mamba(build: Builder, body: Any, read: Read, add: Add) -> None:
 @lowers(Mamba2)
 def mamba2(build: Builder, body: Any, read: Read, add: Add) -> None:
     spec, inner, shared = body.spec, len(body.x.weight), len(body.B.weight)
+    reach(build.mask)
     if spec.step_limit not in (None, (0.0, math.inf)):
         raise Unlowered(f"steps within {spec.step_limit}")
     every, x, steps = (
@@ -149,6 +158,13 @@ def mamba2(build: Builder, body: Any, read: Read, add: Add) -> None:
         build.add(Kind.NORM, **{"in": mixed}, in_at=n * part, out=mixed, out_at=n * part, inputs=part,
                   norm=NormKind.RMS, eps=spec.eps, norm_weight=weight)  # fmt: skip
     build.linear([body.out], Read(mixed), add)
+
+
+def normed(build: Builder, norm: Any, buffer: int, at: int = 0) -> None:
+    """A part of a buffer normalised in place, if there is a norm."""
+    if norm is not None:
+        place: Fields = {"in": buffer, "in_at": at, "out": buffer, "out_at": at}
+        build.add(Kind.NORM, **place, inputs=len(norm.weight), **norm_fields(build, norm))
 
 
 def convolve(build: Builder, layers: Sequence[Any], source: int, at: int, add: Add) -> None:

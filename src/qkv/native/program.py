@@ -71,7 +71,7 @@ class Pass(Program):
         self.width, self.mask = width, wiring.mask
         self.vocabulary = len(wiring.embed.table)
         self.segments = 0 if wiring.embed.segments is None else wiring.embed.segments.num_embeddings
-        self.pages = Pages(build.page)
+        self.pages = Pages(build.page, *(build.runs if len(build.runs) == 1 else ()))
         self.memories = Memories(engine, arena, build, width, wide_cache) if build.memories else None
 
     def new_cells(self, batch: int, room: int, given: Mapping[str, Tensor]) -> list[dict[str, Cell]]:
@@ -122,10 +122,9 @@ class Pass(Program):
     def step(self, ids: Tensor, state: State) -> Tensor:
         """One more token for each text: the same, without what only longer calls need."""
         begins, (cells,) = state.lengths.numpy(), state.cells
-        lasts = begins + 1
-        self.reach(int(lasts.max(initial=1)))
-        more = prepared(cells, begins, lasts)
-        x = torch.empty(len(ids), 1, self.width)
+        self.reach(state.most + 1)
+        more = prepared(cells, begins, begins + 1)
+        x = torch.empty(len(begins), 1, self.width)
         tokens = known("ids", ids.numpy()[:, 0], self.vocabulary)
         self.run(x, tokens=tokens, positions=begins.astype(np.int32), slots=SLOTS, **more)
         return x

@@ -35,7 +35,7 @@ def convert(
 ) -> list[str]:  # fmt: skip
     """Write a published checkpoint as a directory, or as a GGUF file with matrices of type `kind` → what it did.
 
-    `bits` quantises the weights of a directory to "int8" or "int4", for qkv alone. `settings` are `key=value` for keys
+    `bits` quantises the weights of a directory, to "int8" say, for qkv alone. `settings` are `key=value` for keys
     that its config.json lacks. `allow_pickle` reads the weights of a .bin file.
     """
     refuse(target, bits)

@@ -25,7 +25,9 @@ def embed(task: Task, texts: Sequence[str], *, batch: int = 32, cut: bool = Fals
     head: OutputModule = (
         own if own is not None and isinstance(own.spec, Vector) else Vector(Pool("mean")).build(0, torch.empty(0))
     )
-    ids = [task.fit(cut_off(task, text), n) if cut else task.encode(text, n) for n, text in enumerate(texts, 1)]
+    before, after = task.frame
+    most = task.room - len(before) - len(after) if cut and task.room is not None else None
+    ids = [task.fit([*before, *row[:most], *after], n) for n, row in enumerate(task.ids_of(texts), 1)]
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     vectors: dict[int, Tensor] = {}
     for start in range(0, len(order), batch):
@@ -35,10 +37,3 @@ def embed(task: Task, texts: Sequence[str], *, batch: int = 32, cut: bool = Fals
         valid = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         vectors.update(zip(rows, head(x, model.wiring.embed.table, valid).float().cpu(), strict=True))
     return torch.stack([vectors[n] for n in range(len(ids))]) if ids else torch.empty(0, 0)
-
-
-def cut_off(task: Task, text: str) -> list[int]:
-    """The ids of a text, of which as many are kept as the model reads."""
-    before, after = task.frame
-    ids = task.ids(text)
-    return [*before, *(ids if task.room is None else ids[: task.room - len(before) - len(after)]), *after]

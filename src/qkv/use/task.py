@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from qkv.data import TextStream, Tokenizers
-from qkv.decode import Greedy, OneByOne, Search, Session, decode, stream
+from qkv.decode import Draft, Greedy, OneByOne, Proposer, Search, Session, decode, speculate, stream
 from qkv.decode.stream import until
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Module
@@ -94,13 +94,20 @@ class Task:
 
     def ids(self, text: str, *, parse: bool = False) -> list[int]:
         """The ids of a text alone; with `parse`, special tokens that are spelt out in it are such."""
-        ids = self.source.parse(text) if parse else self.source.encode(text)
+        return self.known([self.source.parse(text)])[0] if parse else self.ids_of([text])[0]
+
+    def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text alone."""
+        return self.known(self.source.encode_batch(texts))
+
+    def known(self, rows: list[list[int]]) -> list[list[int]]:
+        """The same ids, if the model has a row for each."""
         embed = self.model.source if isinstance(self.model, EncoderDecoderModel) else self.model.wiring.embed
-        rows = len(embed.table)
-        if ids and max(ids) >= rows:
-            piece = self.source.pieces([max(ids)])[0]
-            raise QkvError(f"the tokenizer's {piece!r} has the id {max(ids)}, and the model has {rows} rows for tokens")
-        return ids
+        count, most = len(embed.table), max(map(max, filter(None, rows)), default=0)
+        if most >= count:
+            piece = self.source.pieces([most])[0]
+            raise QkvError(f"the tokenizer's {piece!r} has the id {most}, and the model has {count} rows for tokens")
+        return rows
 
     def encode(self, text: str, number: int = 1, *, parse: bool = False) -> list[int]:
         """The ids that the model reads."""
@@ -208,15 +215,32 @@ class Task:
     def stream(
         self, ids: Sequence[int], search: OneByOne | None = None, *,
         tokens: int = 200, stop: Sequence[str] = (), seed: int = 0, session: Session | None = None,
+        proposer: Proposer | None = None,
     ) -> Iterator[str]:  # fmt: skip
-        """The text that continues a prompt, as it is made; it ends before any of the `stop` strings."""
+        """The text that continues a prompt, as it is made; it ends before any of the `stop` strings.
+
+        A `proposer` makes it come sooner, and no other.
+        """
         if not self.continues:
             raise QkvError("only a decoder continues a text: `qkv predict` does what this model was made for")
         if "" in stop:
             raise QkvError("an empty stop string would end every text: leave it out")
         how, limit = self.heeding(search or self.usual), self.fitting(tokens, len(ids))
-        made = stream(self.model, ids, how, limit=limit, ends=self.target.ends, seed=seed, session=session)
+        ends = self.target.ends
+        if proposer is None:
+            made = stream(self.model, ids, how, limit=limit, ends=ends, seed=seed, session=session)
+        else:
+            made = speculate(self.model, ids, how, proposer, limit=limit, ends=ends, seed=seed, session=session)
         yield from until(written(self.target.stream(), made), stop)
+
+    def draft(self, other: "Task") -> Draft:
+        """A smaller model of the same tokenizer, to propose what this one writes."""
+        if not (self.continues and other.continues):
+            raise QkvError("a draft proposes how a text goes on: both models must be decoders")
+        theirs, ours = (one.target.pieces(range(one.target.size)) for one in (other, self))
+        if theirs != ours:
+            raise QkvError("a draft has the model's tokenizer, token by token; the two have different ones")
+        return Draft(other.model)
 
     def fill(self, text: str) -> Prediction:
         """The text with the likeliest token in place of each mask token."""

@@ -170,6 +170,16 @@ inline F dot_pairs(F sum, F a, F b) {
 inline I dot4(I sum, I u, int32_t s) { return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, _mm512_set1_epi32(s)); }
 inline I dot8(I sum, I u, int32_t s) { return dot4(sum, u, s); }
 constexpr int TAKEN8 = 0;  // what dot8 takes off each unsigned byte first
+#elif defined(__AVX512BW__)
+inline I dot_bytes(I sum, __m512i u, __m512i s) {
+  return sum + (I)_mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1));
+}
+inline I dot4(I sum, I u, int32_t s) { return dot_bytes(sum, (__m512i)u, _mm512_set1_epi32(s)); }
+inline I dot8(I sum, I u, int32_t s) {  // sums of 0…255 times ±127 would saturate: move the sign over instead
+  __m512i w = (__m512i)(u ^ (int32_t)0x80808080), x = _mm512_set1_epi32(s);
+  return dot_bytes(sum, _mm512_abs_epi8(w), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x));
+}
+constexpr int TAKEN8 = 128;
 #elif defined(__AVX2__)
 inline __m256i dot_half(__m256i u, __m256i s) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));

@@ -142,25 +142,27 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out) {
     for (int r = 0; r < R; r++) store(out + (t * ROWS + r) * LANES, sums[t][r]);
 }
 
-// Two tiles share what is read of the rows; of one or two rows a tile is read alone, which memory gives faster.
+template <int S, int T>
+void packed_some(int rows, const uint8_t* w, int64_t apart, Activations x, float* out) {
+  switch (rows) {
+    case 1: return packed_tile<S, T, 1>(w, apart, x, out);
+    case 2: return packed_tile<S, T, 2>(w, apart, x, out);
+    case 3: return packed_tile<S, T, 3>(w, apart, x, out);
+    case 4: return packed_tile<S, T, 4>(w, apart, x, out);
+  }
+}
+
+// Two tiles share what is read of the rows; for one or two rows each is read by itself, which memory gives faster.
 template <int S>
 void packed_rows(const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out) {
-  for (int r = 0; r < rows;) {
-    const int n = rows - r;
-    const auto some = x.row(r);
+  for (int r = 0, some; r < rows; r += some) {
+    some = rows - r == 5 ? 3 : std::min(rows - r, 4);  // a row by itself costs as much as two
     float* to = out + LANES * r;
-    if (n >= 4 && tiles == 2) {
-      packed_tile<S, 2, 4>(w, apart, some, to), r += 4;
-      continue;
+    if (tiles == 2 && rows > 2) {
+      packed_some<S, 2>(some, w, apart, x.row(r), to);
+    } else {
+      for (int t = 0; t < tiles; t++) packed_some<S, 1>(some, w + t * apart, apart, x.row(r), to + t * ROWS * LANES);
     }
-    const int step = n >= 4 ? 4 : n >= 2 ? 2 : 1;
-    for (int t = 0; t < tiles; t++, to += ROWS * LANES) {
-      const uint8_t* from = w + t * apart;
-      if (step == 4) packed_tile<S, 1, 4>(from, apart, some, to);
-      else if (step == 2) packed_tile<S, 1, 2>(from, apart, some, to);
-      else packed_tile<S, 1, 1>(from, apart, some, to);
-    }
-    r += step;
   }
 }
 

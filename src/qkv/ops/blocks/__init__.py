@@ -20,8 +20,8 @@ fields of a whole run of bytes first, then their next (see `unpack`).
 """
 
 from qkv.ops.blocks.dequantise import Fields, dequantise, fields
-from qkv.ops.blocks.fit import fit
+from qkv.ops.blocks.fit import by_row, fit
 from qkv.ops.blocks.layout import BLOCKS, Block, size, type_name
 from qkv.ops.blocks.quantise import quantise
 
-__all__ = ["BLOCKS", "Block", "Fields", "dequantise", "fields", "fit", "quantise", "size", "type_name"]
+__all__ = ["BLOCKS", "Block", "Fields", "by_row", "dequantise", "fields", "fit", "quantise", "size", "type_name"]

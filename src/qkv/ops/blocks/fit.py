@@ -1,9 +1,11 @@
-"""Weights to blocks nearer to them than llama.cpp's reference quantisers come."""
+"""Weights to blocks otherwise than llama.cpp's reference quantisers: nearer, or with one scale for a row."""
 
 import torch
 from torch import Tensor
 
-from qkv.ops.blocks.quantise import four_bits, quantise, rounded
+from qkv.ops.blocks.dequantise import SLICE
+from qkv.ops.blocks.layout import BLOCKS, size
+from qkv.ops.blocks.quantise import eight_bits, four_bits, quantise, rounded
 
 STARTS = (1.0, 0.9)
 """Shares of a block's range at which a search begins: weights at its ends are often better cut off."""
@@ -17,6 +19,21 @@ def fit(type: str, x: Tensor) -> Tensor:
     is never above it. Q8_0 has nothing to gain: half a step in 127 is what is lost.
     """
     return rounded(type, x, nearest) if type == "Q4_1" else quantise(type, x)
+
+
+def by_row(x: Tensor) -> Tensor:
+    """As `quantise("Q8_0", x)` with d = max |x| / 127 of a whole row, an output channel, in each of its blocks.
+
+    On the matrices of trained models the squared error is 2.5 to 3 times that of a scale for each 32. A larger weight
+    than 127 d is not cut off: not a row of them came nearer to its weights by that.
+    """
+    bytes, width = size("Q8_0", x.shape[-1:]), x.shape[-1]
+    parts = []
+    for rows in x.detach().cpu().reshape(-1, width).split(max(1, SLICE // width)):
+        d = rows.float().abs().amax(1, keepdim=True) / 127
+        blocks = rows.float().reshape(-1, BLOCKS["Q8_0"].weights)
+        parts.append(eight_bits(blocks, d.repeat_interleave(len(blocks) // len(rows), 0)))
+    return torch.cat(parts).view(*x.shape[:-1], bytes)
 
 
 def nearest(x: Tensor) -> Tensor:

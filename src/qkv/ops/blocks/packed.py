@@ -14,6 +14,9 @@ from qkv.ops.blocks.layout import BLOCKS
 SLICE = 1 << 20
 """How many weights stand dequantised at a time, but for a row at least."""
 
+FEW = 64
+"""Up to so many rows of activations a form of the weights that a product reads as it is beats dequantising them."""
+
 Context: TypeAlias = tuple[str, torch.dtype]
 
 
@@ -29,6 +32,8 @@ class Packed(Tensor):
 
     format: str
     blocks: Tensor
+    served: Callable[[Tensor], Tensor] | None
+    """x Wᵀ for a few rows x that need no gradient, from another form of the weights (`prepacked`)."""
 
     @staticmethod
     def __new__(cls, format: str, blocks: Tensor, dtype: torch.dtype = torch.float32) -> "Packed":
@@ -37,7 +42,7 @@ class Packed(Tensor):
             raise QkvError(f"rows of {blocks.shape[-1]} bytes are not whole blocks of {format}")
         shape = (*blocks.shape[:-1], blocks.shape[-1] // block.bytes * block.weights)
         made: Packed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=blocks.device)
-        made.format, made.blocks = format, blocks
+        made.format, made.blocks, made.served = format, blocks, None
         return made
 
     def dequantise(self) -> Tensor:
@@ -170,6 +175,9 @@ def refuse(asked: bool) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, Packed) or isinstance(x, Packed):
         raise QkvError("packed weights multiply activations; they are no activations themselves")
+    if weight.served is not None and not x.requires_grad and 0 < x.numel() <= FEW * x.shape[-1]:
+        y = weight.served(x)
+        return y if bias is None else y + bias
     return Product.apply(x, weight, bias)
 
 

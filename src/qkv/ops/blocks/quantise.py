@@ -43,6 +43,14 @@ def four_bits(d: Tensor, m: Tensor, q: Tensor) -> Tensor:
     return torch.cat([_half(d, "Q4_1"), _half(m, "Q4_1"), _nibbles(q)], 1)
 
 
+def eight_bits(x: Tensor, d: Tensor) -> Tensor:
+    """Blocks of Q8_0, n × 34 bytes, from weights (n × 32) and scales (n × 1): q = x / d, halves away from zero."""
+    q = x * _inverse(d)
+    whole = q.trunc()
+    q = whole + (q - whole).mul_(2).trunc_()  # torch's own round takes halves to the even neighbour
+    return torch.cat([_half(d, "Q8_0"), q.to(torch.int8).view(torch.uint8)], 1)
+
+
 def _finite(numbers: Tensor, type: str) -> Tensor:
     if not numbers.isfinite().all():
         raise QkvError(f"a weight is not a finite number, or too large for {type}")
@@ -80,12 +88,8 @@ def _q4_1(x: Tensor) -> Tensor:
 
 
 def _q8_0(x: Tensor) -> Tensor:
-    """d = max |x| / 127, q = x / d rounded, halves away from zero."""
-    d = x.abs().amax(1, keepdim=True) / 127
-    q = x * _inverse(d)
-    whole = q.trunc()
-    q = whole + (q - whole).mul_(2).trunc_()  # torch's own round takes halves to the even neighbour
-    return torch.cat([_half(d, "Q8_0"), q.to(torch.int8).view(torch.uint8)], 1)
+    """d = max |x| / 127."""
+    return eight_bits(x, x.abs().amax(1, keepdim=True) / 127)
 
 
 _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}

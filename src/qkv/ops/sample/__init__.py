@@ -2,6 +2,7 @@
 
     argmax    the first i with x_i = max x.
     largest   the k largest and where they stand, largest first; of equal ones any.
+    log_p     x_i − log Σ_j e^{x_j}, for one i of each row.
     weights   w_i = e^{(x_i − m)/T}, where m (B 1) is the row's maximum, so that no weight overflows.
     mass      Σ_i w_i (B 1); m + T log Σ_i w_i is T times the logsumexp of x / T.
     draw      the first i with Σ_{j ≤ i} w_j > u Σ_j w_j, for w ≥ 0 and u (B) in [0, 1): i in proportion to w_i.

@@ -15,14 +15,19 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def log_p(x: Tensor, ids: Tensor) -> Tensor:
+    """x: B V, ids: B → B."""
+    return x.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
 def weights(x: Tensor, m: Tensor, T: float) -> Tensor:
     """x: B V, m: B 1 → B V."""
     return ((x - m) / T).exp()
 
 
-def mass(x: Tensor, m: Tensor, T: float) -> Tensor:
-    """x: B V, m: B 1 → B 1."""
-    return weights(x, m, T).cumsum(-1)[:, -1:]  # one after the other: a sum's order depends on the threads
+def mass(w: Tensor) -> Tensor:
+    """w: B V → B 1."""
+    return w.cumsum(-1)[:, -1:]  # one after the other: a sum's order depends on the threads
 
 
 def draw(w: Tensor, u: Tensor) -> Tensor:
