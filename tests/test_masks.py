@@ -7,12 +7,13 @@ import torch
 
 from qkv.context import Context, take
 from qkv.errors import QkvError
-from qkv.masks import All, Causal, Edges, Full, Mask, Prefix, Same, Window
+from qkv.masks import All, Any, Causal, Edges, Full, Global, Marked, Mask, Prefix, Reach, Same, Window
 
 T = 7
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 1]])
 PREFIX = torch.tensor([3, 1])
 EDGES = torch.rand(2, T, T, generator=torch.Generator().manual_seed(0)) < 0.4
+MARKED = torch.tensor([[1, 0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0]]).bool()
 
 RULES = {
     "full": (Full(), lambda b, q, k: True),
@@ -21,11 +22,13 @@ RULES = {
     "prefix": (Prefix(), lambda b, q, k: k < PREFIX[b]),
     "same": (Same(), lambda b, q, k: SEGMENTS[b, q] == SEGMENTS[b, k]),
     "edges": (Edges(), lambda b, q, k: EDGES[b, q, k]),
+    "global": (Global(2), lambda b, q, k: q < 2 or k < 2),
+    "marked": (Marked(), lambda b, q, k: MARKED[b, q] or MARKED[b, k]),
 }
 
 
 def context(order=None) -> Context:
-    given = {"segments": SEGMENTS, "prefix": PREFIX, "edges": EDGES}
+    given = {"segments": SEGMENTS, "prefix": PREFIX, "edges": EDGES, "marks": MARKED}
     return Context(torch.arange(T)[None], given=given, order=order)
 
 
@@ -61,7 +64,7 @@ def test_full_drops_out():
 
 def test_what_runs_over_tokens_follows_the_packed_rows():
     order = torch.tensor([[2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
-    for name in ("same", "edges"):
+    for name in ("same", "edges", "marked"):
         mask, rule = RULES[name]
         want = take(take(by_hand(rule), order, 1), order, 2)
         assert torch.equal(allowed(mask, context(order)), want)
@@ -69,9 +72,11 @@ def test_what_runs_over_tokens_follows_the_packed_rows():
 
 def test_what_a_cache_can_serve():
     assert all(mask.incremental for mask in (Causal(), Prefix(), Causal() & Window(2), Causal() | Prefix()))
-    assert not any(mask.incremental for mask in (Full(), Window(2), Same(), Edges(), Causal() | Window(2)))
+    assert not any(mask.incremental for mask in (Full(), Window(2), Same(), Edges(), Global(2), Causal() | Window(2)))
     with pytest.raises(QkvError, match="packed documents cannot be decoded"):
         (Causal() & Same()).refuse(context(), T)
+    with pytest.raises(QkvError, match=r"marked tokens, .* cannot be decoded with a cache: use Global\(n\)"):
+        (Causal() & (Window(3) | Marked())).refuse(context(), T)
 
 
 def test_a_missing_tensor_is_named():
@@ -82,3 +87,41 @@ def test_a_missing_tensor_is_named():
 def test_a_window_sees_something():
     with pytest.raises(QkvError, match="a window of 0 sees nothing"):
         All((Window(0), Causal()))
+
+
+REACH = {
+    "nothing bounds it": (Causal() & (Prefix() | Same()), None),
+    "one side of an or does not": (Window(3) | Causal(), None),
+    "a window": (Causal() & Window(3), Reach(0, 2)),
+    "the narrower of two": (Window(3) & (Causal() & Window(5)), Reach(0, 2)),
+    "the wider of two": (Window(3) | Window(5), Reach(0, 4)),
+    "sinks": (Causal() & (Window(3) | Global(2)), Reach(2, 2)),
+    "sinks within a window": ((Window(3) | Global(2)) & Window(5), Reach(2, 2)),
+    "first tokens alone": (Causal() & Global(3), Reach(3, 0)),
+    "an or of none": (Any(()), None),
+}
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_nothing_behind_is_seen_that_is_out_of_reach(name):
+    mask, reach = REACH[name]
+    assert mask.reach == reach
+    if reach is not None:
+        seen = allowed(mask & Causal(), context())
+        assert not any(k >= reach.first and q - k > reach.behind for _, q, k in seen.nonzero().tolist())
+
+
+def test_longformer_and_attention_sinks():
+    assert allowed(Window(2) | Global(1), context())[0].int().tolist() == [
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 0, 1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 1, 1, 0],
+        [1, 0, 0, 0, 1, 1, 1],
+        [1, 0, 0, 0, 0, 1, 1],
+    ]
+    sinks = allowed(Causal() & (Window(2) | Global(1)), context())
+    assert torch.equal(sinks, by_hand(lambda b, q, k: k <= q and (q - k < 2 or k == 0)))
+    with pytest.raises(QkvError, match="0 global tokens are none"):
+        Global(0)

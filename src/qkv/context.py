@@ -27,6 +27,8 @@ class View:
     """1|B S: the positions of the keys."""
     slots: Tensor | None = None
     """1|B T: where the cell writes the new keys; None is the next ones in a row."""
+    ends: Tensor | None = None
+    """1|B: how long each row is when this pass is over, where the cell must know."""
     mask: Tensor | TileOf | None = None
     """Booleans that broadcast to B H T S, true where a key may be seen; or a function of a tile, for long sequences."""
     causal: bool = False

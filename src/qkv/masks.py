@@ -4,6 +4,7 @@ A model's mask, a layer's mask and padding are conjoined, so that a layer can on
 Positions are absolute and the same function serves a whole sequence, one step of decoding and a tile of either.
 """
 
+import dataclasses as dc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,14 @@ from qkv.spec import Spec, part
 
 if TYPE_CHECKING:
     from qkv.context import Context
+
+
+@dc.dataclass(frozen=True)
+class Reach:
+    """Of the keys before a query those that it may see at most: the `first` of its row and the last `behind`."""
+
+    first: int
+    behind: int
 
 
 class Mask(Spec):
@@ -33,6 +42,11 @@ class Mask(Spec):
     def incremental(self) -> bool:
         """Whether a cache can serve it: what a query sees is complete once the query has been fed."""
         return self.causal
+
+    @property
+    def reach(self) -> Reach | None:
+        """How far back any query sees, so that a cache need keep no more; None is as far as the row goes."""
+        return None
 
     def refuse(self, context: "Context", T: int) -> None:
         """Raise `QkvError` where the next T tokens cannot be fed to a cache by themselves."""
@@ -73,6 +87,46 @@ class Window(Mask):
 
     def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor:
         return (queries - keys).abs() < self.size
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(0, self.size - 1)
+
+
+@part("global")
+class Global(Mask):
+    """The first n tokens see all and are seen by all: q < n or k < n.
+
+    `Window(w) | Global(n)` is Longformer's (Beltagy 2020); `Causal() & (Window(w) | Global(n))` keeps the first n as
+    sinks of attention beside the window (Xiao 2023, StreamingLLM).
+    """
+
+    n: int
+
+    def check(self) -> None:
+        if self.n < 1:
+            raise QkvError(f"{self.n} global tokens are none; give at least 1")
+
+    def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor:
+        return (queries < self.n) | (keys < self.n)
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.n, 0)
+
+
+@part("marked")
+class Marked(Mask):
+    """The tokens that the tensor `given` (B T booleans) marks see all and are seen by all (Beltagy 2020)."""
+
+    given: str = "marks"
+
+    def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor:
+        marked = context.packed(self.given, (1,)).bool()
+        return marked[:, queries[0, :, 0], None] | marked[:, None, keys[0, 0, :]]
+
+    def refuse(self, context: "Context", T: int) -> None:
+        raise QkvError("marked tokens, which see what is to come, cannot be decoded with a cache: use Global(n)")
 
 
 @part("prefix")
@@ -154,6 +208,12 @@ class All(Mask):
     def incremental(self) -> bool:
         return any(mask.incremental for mask in self.masks)
 
+    @property
+    def reach(self) -> Reach | None:
+        bounds = [bound for mask in self.masks if (bound := mask.reach)]
+        # a key that all allow is among the first of one of them, or near enough for each
+        return Reach(max(b.first for b in bounds), min(b.behind for b in bounds)) if bounds else None
+
     def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor | None:
         return _fold(self.masks, torch.logical_and, (queries, keys, context))
 
@@ -175,6 +235,13 @@ class Any(Mask):
     @property
     def incremental(self) -> bool:
         return all(mask.incremental for mask in self.masks)
+
+    @property
+    def reach(self) -> Reach | None:
+        bounds = [bound for mask in self.masks if (bound := mask.reach)]
+        if not bounds or len(bounds) < len(self.masks):
+            return None
+        return Reach(max(b.first for b in bounds), max(b.behind for b in bounds))
 
     def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor | None:
         return _fold(self.masks, torch.logical_or, (queries, keys, context))

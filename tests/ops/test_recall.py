@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qkv.errors import QkvError
-from qkv.ops.recall import chunked, naive
+from qkv.ops.recall import bonus, chunked, naive, running_max, weights
 
 B, G, H, K, V = 2, 2, 4, 5, 7
 GATES = ["none", "head", "token", "vector"]
@@ -66,7 +66,7 @@ def test_naive_is_the_definition(gate, delta, G):
     torch.testing.assert_close(naive(**x).out, dense(**x)[0], **EXACT)
 
 
-@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200, 1000])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("delta", [False, True])
 def test_chunks_are_the_recurrence(T, gate, delta):
@@ -79,6 +79,30 @@ def test_chunks_are_the_recurrence(T, gate, delta):
 def test_the_size_of_a_chunk_changes_nothing(chunk):
     x = inputs(70, "vector", delta=True)
     torch.testing.assert_close(chunked(**x, chunk=chunk).out, naive(**x).out, **EXACT)
+
+
+def test_segments_of_many_chunks_join():
+    x = inputs(1090, "vector", delta=True)
+    for found, expected in zip(gradients(chunked, x), gradients(naive, x), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("T", [1, 2, 65])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("delta", [False, True])
+def test_weights_are_the_matrix_between_values_and_what_is_read(T, gate, delta):
+    x = inputs(T, gate, delta, G=H if gate == "none" and not delta else G)
+    del x["state"]
+    v = x.pop("v")
+    found = weights(**x)
+    assert found.shape == (B, H, T, T)
+    assert not found.triu(1).any()
+    torch.testing.assert_close(found @ v, naive(v=v, **x).out, **EXACT)
+
+
+def test_weights_of_nothing_forgotten_are_products():
+    x = inputs(9, "none", G=H)
+    torch.testing.assert_close(weights(x["q"], x["k"]), (x["q"] @ x["k"].mT).tril(), **EXACT)
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -122,6 +146,31 @@ def test_extreme_decays_in_single_precision(gate, delta, decay):
         assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("gate", "delta"), [("token", False), ("vector", True)])
+def test_extreme_decays_of_long_texts(gate, delta):
+    """Rows that decay weakly, strongly, both by turns, and anyhow; 16,384 tokens that come in half precision."""
+    T, (least, most) = 16384, (math.log(1e-6), -1e-7)
+    torch.manual_seed(0)
+    shape = (1, T) if gate == "token" else (1, T, 4)
+    weak, strong = torch.full(shape, most), torch.full(shape, least)
+    both = torch.where(torch.rand(shape) < 0.05, strong, weak)
+    any_ = -torch.exp(torch.rand(shape) * math.log(least / most)) * -most
+    g = torch.stack((weak, strong, both, any_))
+    q, k, v = (torch.randn(4, 1, T, 4) for _ in range(3))
+    x = {"q": q, "k": F.normalize(k, dim=-1) if delta else k, "v": v}
+    x = {name: value.bfloat16() for name, value in x.items()}
+    x |= {"beta": torch.rand(4, 1, T)} if delta else {}
+    exact = naive(g=g.double(), **{name: value.double() for name, value in x.items()})
+    single = chunked(g=g, **{name: value.float() for name, value in x.items()})
+    half = chunked(g=g, **x)
+    for row in range(4):  # one whose memory hardly forgets holds numbers of another size
+        for found, bound in ((single.out, 1e-5), (half.out, 5e-3)):
+            assert (found[row] - exact.out[row]).abs().max() < bound * exact.out[row].abs().max()
+        for found in (single.state, half.state):
+            assert (found[row] - exact.state[row]).abs().max() < 1e-5 * exact.state[row].abs().max()
+
+
 def test_half_precision_goes_in_and_out_and_the_state_stays_single():
     x = {name: value.bfloat16() for name, value in inputs(70, "token", delta=True).items()}
     found, exact = chunked(**x), naive(**{name: value.double() for name, value in x.items()})
@@ -133,6 +182,38 @@ def test_half_precision_goes_in_and_out_and_the_state_stays_single():
             inside = form(**x)
         assert torch.equal(inside.out, form(**x).out)
         assert torch.equal(inside.state, form(**x).state)
+
+
+# --- what stands around a memory ---
+
+
+@pytest.mark.parametrize("T", [1, 2, 70])
+def test_a_bonus_reads_before_it_writes(T):
+    x, u = inputs(T, "vector", G=H), torch.randn(H, K, dtype=torch.float64)
+    first = torch.zeros(B, T, dtype=torch.bool)
+    first[1, T // 2] = True
+    x["g"][first.nonzero()[0, 0], :, first.nonzero()[0, 1]] = -math.inf
+    S, out = x["state"], []
+    for t in range(T):
+        q, k, v, g = (x[name][:, :, t] for name in "qkvg")
+        before = torch.where(first[:, t, None, None, None], 0, S)
+        now = k[..., None] * v[..., None, :]
+        out.append(torch.einsum("bhk,bhkv->bhv", q, before + u[:, :, None] * now))
+        S = g.exp()[..., None] * S + now
+    found = bonus(**x, u=u, first=first)
+    torch.testing.assert_close((found.out, found.state), (torch.stack(out, 2), S), **EXACT)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 64, 65])
+def test_a_running_maximum_is_the_recurrence(T):
+    torch.manual_seed(T)
+    f, i, m = -3 * torch.rand(B, H, T), 4 * torch.randn(B, H, T), torch.randn(B, H)
+    f[0, 0, T // 2], i[1, :, T // 3] = -math.inf, -math.inf
+    expected, now = [], m
+    for t in range(T):
+        now = torch.maximum(f[..., t] + now, i[..., t])
+        expected.append(now)
+    torch.testing.assert_close(running_max(f, i, m), torch.stack(expected, -1))
 
 
 def test_what_does_not_fit_is_refused():

@@ -69,6 +69,25 @@ def test_segments_are_the_recurrence(T):
         torch.testing.assert_close(found, expected, **EXACT)
 
 
+@pytest.mark.parametrize("T", [1, 65, 130])
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_documents_begin_with_nothing(T, rows):
+    x, first = inputs(T), torch.rand(rows, T, generator=torch.Generator().manual_seed(3)) < 0.1
+    first[:, 63:66] = torch.tensor([True, False, True])[: max(T - 63, 0)]
+    expected = gradients(naive, x, first=first)
+    for found, one in zip(gradients(chunked, x, first=first), expected, strict=True):
+        torch.testing.assert_close(found, one, **EXACT)
+    for row in range(ROWS):
+        starts = [0, *first[row % rows].nonzero().flatten().tolist(), T]
+        begun, outs = x["h"][row : row + 1], []
+        for start, end in itertools.pairwise(starts):
+            piece = {name: x[name][row : row + 1, start:end] for name in ("x", "dt", "B", "C")}
+            if end > start:
+                outs.append(naive(**piece, A=x["A"], h=begun).out)
+            begun = torch.zeros_like(begun)
+        torch.testing.assert_close(torch.cat(outs, 1), expected[0][row : row + 1], **EXACT)
+
+
 def test_the_size_of_a_segment_changes_nothing():
     x = inputs(20)
     for found, expected in zip(gradients(chunked, x, segment=7), gradients(naive, x), strict=True):

@@ -13,8 +13,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from qkv.context import Context
 from qkv.errors import QkvError
-from qkv.masks import Causal
-from qkv.parts import Mamba, Mamba2, Mixer
+from qkv.masks import Causal, Same
+from qkv.parts import BatchNorm, Mamba, Mamba2, Mixer, RMSNorm
 from qkv.parts.convolution import ShortConvolution
 from qkv.parts.mixers import Body
 from qkv.state import Recurrent
@@ -93,7 +93,9 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 def feed(body: Body, x: Tensor, cell: Recurrent, lengths: Tensor | None = None) -> Tensor:
-    return body(x, Context(torch.arange(x.shape[1])[None], Causal(), None, lengths), cell)
+    context = Context(torch.arange(x.shape[1])[None], Causal(), None, lengths)
+    body.view, context.views = 0, [body.prepare(context, cell, x.shape[1])]
+    return body(x, context, cell)
 
 
 @each
@@ -134,6 +136,34 @@ def test_padding_neither_decays_nor_writes(pair):
             torch.testing.assert_close(torch.cat(out, 1)[row, :n], feed(ours, x[row : row + 1, :n], alone)[0])
         for name, value in alone.tensors().items():
             torch.testing.assert_close(cell.now[name][row], value[0])
+
+
+@pytest.mark.parametrize("spec", [Mamba(24, state=5, conv=3, norm=RMSNorm()), Mamba2(4, groups=2, state=5)], ids=str)
+def test_documents_in_one_row_are_as_if_alone(spec):
+    body, lengths = wild(spec.build(C), 0.3), [1, 66, 20, 2]
+    x = tokens(2, sum(lengths), C).double().requires_grad_()
+    given = {"segments": torch.arange(4).repeat_interleave(torch.tensor(lengths)).expand(2, -1)}
+    found = run(body, x, Causal() & Same(), given=given)
+    torch.testing.assert_close(found, torch.cat([run(body, y, Causal()) for y in x.split(lengths, 1)], 1))
+    (gradient,) = torch.autograd.grad(found[:, 67:87].sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient[:, 67:87].any()
+    assert not gradient[:, :67].any()
+    assert not gradient[:, 87:].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [Mamba(24, state=5, conv=3), Mamba2(4, groups=2, state=5)], ids=str)
+def test_padding_of_another_document_forgets_nothing(spec):
+    body, x = wild(spec.build(C), 0.3), tokens(1, T, C).double()
+    cell, alone = body.new_cell(1, T, {}), body.new_cell(1, T, {})
+    feed(body, x[:, :20], alone)
+    given = {"segments": (torch.arange(T) >= 20).long()[None]}
+    context = Context(torch.arange(T)[None], Causal() & Same(), None, torch.tensor([20]), given=given)
+    body.view, context.views = 0, [body.prepare(context, cell, T)]
+    body(x, context, cell)
+    for name, value in alone.now.items():
+        torch.testing.assert_close(cell.now[name], value)
 
 
 @torch.no_grad()
@@ -197,6 +227,7 @@ def test_a_short_convolution_is_torch_s_with_nothing_before(size, bias):
         (Mamba, {"inner": 0}),
         (Mamba, {"conv": 0}),
         (Mamba, {"rank": -1}),
+        (Mamba, {"norm": BatchNorm()}),
         (Mamba2, {"heads": 0}),
         (Mamba2, {"heads": 4, "head_width": 0}),
         (Mamba2, {"heads": 4, "groups": 3}),
@@ -206,5 +237,5 @@ def test_a_short_convolution_is_torch_s_with_nothing_before(size, bias):
     ids=str,
 )
 def test_what_cannot_be_is_refused(part, options):
-    with pytest.raises(QkvError, match=r"at least 1|do not divide|power of two|step_limit"):
+    with pytest.raises(QkvError, match=r"at least 1|do not divide|step_limit|over the batch"):
         part(**options).build(C)

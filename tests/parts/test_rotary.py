@@ -10,6 +10,7 @@ from qkv.errors import QkvError
 from qkv.parts import (
     Attention,
     BandScaling,
+    EndpointScaling,
     LinearScaling,
     LongRope,
     NTKScaling,
@@ -337,6 +338,7 @@ def test_a_forward_makes_one_table_and_a_state_dict_holds_none(monkeypatch):
 
 def test_every_scaling_is_tested_here_and_survives_a_file():
     scalings = [scaling for scaling, _, _ in CASES.values() if scaling is not None]
+    scalings.append(EndpointScaling())  # not the reference library's: test_memory.py has the formula of its paper
     assert {scaling.kind for scaling in scalings} == set(kinds(Scaling))
     for scaling in scalings:
         assert load(dump(Rotary(theta=3.5, scaling=scaling))) == Rotary(theta=3.5, scaling=scaling)

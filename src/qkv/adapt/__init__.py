@@ -1,8 +1,9 @@
-"""What is done to a finished model: adapters beside its weights, and weights of fewer bits."""
+"""What is done to a finished model: adapters beside its weights, weights of fewer bits, experts."""
 
 from qkv.adapt.lora import LoRA, Merged, add_lora, lora_state, loras, merge, remove_lora, train_only, unmerge
 from qkv.adapt.peft import Report, load_adapter, save_adapter
 from qkv.adapt.quantise import Quantised, dequantise, quantise
+from qkv.adapt.upcycle import upcycle
 
 __all__ = [
     "LoRA",
@@ -20,4 +21,5 @@ __all__ = [
     "save_adapter",
     "train_only",
     "unmerge",
+    "upcycle",
 ]

@@ -28,7 +28,7 @@ def look(
     ] = None,
     head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
 ) -> None:
-    """Draw the attention over a text; of a run also the loss curve and the report."""
+    """Draw the attention over a text, and where experts read it; of a run also the loss curve and the report."""
     from qkv.look import curves, write_report
     from qkv.train import Run, evaluate
     from qkv.train.run import RUN, open_task
@@ -56,23 +56,31 @@ def look(
 
 
 def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | None) -> None:
-    """The attention maps of a text, and of the answer to it."""
-    from qkv.look import attend, attention_grid, attention_map
+    """The attention maps of a text, and of the answer to it; and the maps of its routing."""
+    from qkv.look import attend, attention_grid, attention_map, route, routing_map
 
     answer = task.predict([text])[0][0] if task.pairs else None
     if answer is not None:
         print(answer.text)
-    for one in attend(task, text, answer):
-        path, weights = folder / f"{one.kind}.png", one.weights
-        layers, heads = picked(layer, len(weights), "layer"), picked(head, weights.shape[1], "head")
-        weights = weights[layers][:, heads]
+    views = attend(task, text, answer)
+    if views:
+        picked(layer, max(one.numbers[-1] for one in views), "layer")
+    for one in views:
+        layers = [n for n, number in enumerate(one.numbers) if layer in (None, number)]
+        if not layers:
+            continue
+        path, heads = folder / f"{one.kind}.png", picked(head, one.weights.shape[1], "head")
+        weights = one.weights[layers][:, heads]
         folder.mkdir(parents=True, exist_ok=True)
         if weights.shape[:2] == (1, 1):
-            title = f"{one.kind}, layer {layers[0] + 1}, head {heads[0] + 1}"
-            print(attention_map(weights[0, 0], one.rows, one.columns, title=title, path=path))
+            title = f"{one.kind}, layer {one.numbers[layers[0]]}, head {heads[0] + 1}"
+            print(attention_map(weights[0, 0], one.rows, one.columns, title=title, measure=one.measure, path=path))
         else:
-            titles = [f"layer {n + 1}, head {m + 1}" for n in layers for m in heads]
-            print(attention_grid(weights, one.rows, one.columns, titles=titles, path=path))
+            titles = [f"layer {one.numbers[n]}, head {m + 1}" for n in layers for m in heads]
+            print(attention_grid(weights, one.rows, one.columns, titles=titles, measure=one.measure, path=path))
+    for routing in route(task, text, answer):
+        folder.mkdir(parents=True, exist_ok=True)
+        print(routing_map(routing, path=folder / f"routing-{routing.kind}.png"))
 
 
 def picked(number: int | None, size: int, what: str) -> list[int]:

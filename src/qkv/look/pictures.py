@@ -34,6 +34,7 @@ TRAIN, OTHERS = "#396bb6", ("#c2571a", "#3f7d58", "#8a4fa3")  # curves: the trai
 CELL = 0.26  # inches per token of one map; a grid of maps is a third smaller
 GAP = 0.36  # inches between two maps, with room for a title
 WIDEST = 24.0  # inches that the cells of a picture take at most: longer sentences get smaller cells
+MEASURE = "attention weight"
 LABEL = 0.11  # inches between labels below which only every second, third, … token is named
 _NOT_A_METRIC = {"step", "split", "lr", "seconds", "tokens_per_second"}
 
@@ -107,10 +108,19 @@ def attention_array(weights: Weights, shape: Sequence[int | None], what: str = "
 
 
 def attention_map(
-    weights: Weights, rows: Sequence[str], columns: Sequence[str], *, title: str = "", path: Path
+    weights: Weights,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    measure: str = MEASURE,
+    path: Path,
 ) -> Path:
-    """Save one head's weights (T S) as a heat map: a row is a token that looks, a column one it looks at."""
-    return save(draw_attention_map(weights, rows, columns, title=title), path)
+    """Save one head's weights (T S) as a heat map: a row is a token that looks, a column one it looks at.
+
+    The caption of the colours says what is measured.
+    """
+    return save(draw_attention_map(weights, rows, columns, title=title, measure=measure), path)
 
 
 def attention_grid(
@@ -119,10 +129,11 @@ def attention_grid(
     columns: Sequence[str],
     *,
     titles: Sequence[str] | None = None,
+    measure: str = MEASURE,
     path: Path,
 ) -> Path:
     """Save the weights of many heads (L H T S, or H T S) as a grid of small maps, one row of the grid per layer."""
-    return save(draw_attention_grid(weights, rows, columns, titles=titles), path)
+    return save(draw_attention_grid(weights, rows, columns, titles=titles, measure=measure), path)
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], *, path: Path) -> Path:
@@ -130,16 +141,23 @@ def curves(metrics: Sequence[Mapping[str, Any]], *, path: Path) -> Path:
     return save(draw_curves(metrics), path)
 
 
-def draw_attention_map(weights: Weights, rows: Sequence[str], columns: Sequence[str], *, title: str = "") -> "Figure":
+def draw_attention_map(
+    weights: Weights, rows: Sequence[str], columns: Sequence[str], *, title: str = "", measure: str = MEASURE
+) -> "Figure":
     """The figure that `attention_map` saves."""
     array = attention_array(weights, (len(rows), len(columns)))
-    figure = _draw_maps(array[None, None], rows, columns, CELL)
-    figure.axes[0].set_title(title, loc="left", fontsize=11, pad=10, **_as_text(title))
+    figure = _draw_maps(array[None, None], rows, columns, CELL, measure)
+    figure.axes[0].set_title(title, loc="left", fontsize=11, pad=10, **as_text(title))
     return figure
 
 
 def draw_attention_grid(
-    weights: Weights, rows: Sequence[str], columns: Sequence[str], *, titles: Sequence[str] | None = None
+    weights: Weights,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    titles: Sequence[str] | None = None,
+    measure: str = MEASURE,
 ) -> "Figure":
     """The figure that `attention_grid` saves; `titles` name the heads in reading order."""
     layers = [None] if np.ndim(weights) == 4 else []
@@ -151,9 +169,9 @@ def draw_attention_grid(
         titles = [f"{layer}head {n + 1}" for layer in of_layer for n in range(heads)]
     if len(titles) != depth * heads:
         raise QkvError(f"titles: found {len(titles)} for {depth * heads} heads, expected one for each")
-    figure = _draw_maps(array, rows, columns, CELL * 2 / 3)
+    figure = _draw_maps(array, rows, columns, CELL * 2 / 3, measure)
     for axes, title in zip(figure.axes, titles, strict=False):  # after the maps comes the colour bar
-        axes.set_xlabel(title, fontsize=9, labelpad=6, **_as_text(title))
+        axes.set_xlabel(title, fontsize=9, labelpad=6, **as_text(title))
     return figure
 
 
@@ -185,7 +203,7 @@ def save(figure: "Figure", path: Path) -> Path:
     return write_bytes(path, buffer.getvalue())
 
 
-def _draw_maps(array: Floats, rows: Sequence[str], columns: Sequence[str], cell: float) -> "Figure":
+def _draw_maps(array: Floats, rows: Sequence[str], columns: Sequence[str], cell: float, measure: str) -> "Figure":
     """A grid of maps (L H T S) under one colour bar; tokens are named at the left and the upper edge only."""
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -196,33 +214,33 @@ def _draw_maps(array: Floats, rows: Sequence[str], columns: Sequence[str], cell:
     right, top = heads * (width + GAP), depth * (height + GAP) - GAP
     # placed by hand, in inches: every cell has its size, and saving widens the figure by whatever the labels take
     figure = Figure(figsize=(right, top), facecolor="white")
-    look: dict[str, Any] = {"cmap": _colours(), "norm": _square_root(), "interpolation": "nearest"}
+    look: dict[str, Any] = {"cmap": colours(), "norm": square_root(), "interpolation": "nearest"}
     for layer, head in np.ndindex(depth, heads):
         corner = head * (width + GAP), top - layer * (height + GAP) - height
         axes = figure.add_axes((corner[0] / right, corner[1] / top, width / right, height / top))
         picture = axes.imshow(array[layer, head], **look)
         axes.tick_params(length=0, pad=3)
         axes.spines[:].set(color="#d5d9e0", linewidth=0.8)
-        _name_rows(axes, rows if head == 0 else (), cell)
-        _name_columns(axes, columns if layer == 0 else (), cell)
+        name_rows(axes, rows if head == 0 else (), cell)
+        name_columns(axes, columns if layer == 0 else (), cell)
     long = max(1.4, min(2.2, top))
     bar = figure.colorbar(picture, cax=figure.add_axes((1, (top - long) / 2 / top, 0.12 / right, long / top)))
     bar.set_ticks([0, 0.05, 0.25, 0.5, 1], labels=["0", "0.05", "0.25", "0.5", "1"], fontsize=8, color=QUIET)
-    bar.set_label("attention weight\n(square-root scale)", fontsize=8, color=QUIET)
+    bar.set_label(f"{measure}\n(square-root scale)", fontsize=8, color=QUIET, parse_math=False)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     return figure
 
 
-def _name_rows(axes: "Axes", tokens: Sequence[str], cell: float) -> None:
+def name_rows(axes: "Axes", tokens: Sequence[str], cell: float) -> None:
     every = ceil(LABEL / cell)
     labels = [shown(token) for token in tokens][::every]
     axes.set_yticks(range(0, len(tokens), every), labels, fontsize=_size(cell * every))
     for label in axes.get_yticklabels():
-        label.set(**_as_text(label.get_text()))
+        label.set(**as_text(label.get_text()))
 
 
-def _name_columns(axes: "Axes", tokens: Sequence[str], cell: float) -> None:
+def name_columns(axes: "Axes", tokens: Sequence[str], cell: float) -> None:
     """Names above the columns: slanted where long, all of them where most are."""
     every = ceil(LABEL / cell)
     labels = [shown(token) for token in tokens][::every]
@@ -230,7 +248,7 @@ def _name_columns(axes: "Axes", tokens: Sequence[str], cell: float) -> None:
     axes.set_xticks(range(0, len(tokens), every), labels, fontsize=_size(cell * every))
     mostly_long = sum(len(label) > 2 for label in labels) > len(labels) / 2
     for label in axes.get_xticklabels():
-        label.set(**_as_text(label.get_text()))
+        label.set(**as_text(label.get_text()))
         if mostly_long or len(label.get_text()) > 2:
             label.set(rotation=50, ha="left", rotation_mode="anchor")
 
@@ -240,18 +258,18 @@ def _size(inches: float) -> float:
     return min(10.0, 72 * inches * 0.75)
 
 
-def _as_text(text: str) -> dict[str, Any]:
+def as_text(text: str) -> dict[str, Any]:
     """Settings of a label that shows foreign text as it is: fonts that have it, and dollar signs are no formula."""
     return {"family": font_for([text]), "parse_math": False, "color": INK}
 
 
-def _colours() -> "Colormap":
+def colours() -> "Colormap":
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("paper to ink", SHADES)
 
 
-def _square_root() -> "Normalize":
+def square_root() -> "Normalize":
     """0 … 1 in every picture, so that heads and pictures compare; the root keeps the 1/S of a long sentence visible."""
     from matplotlib.colors import PowerNorm
 
@@ -270,7 +288,7 @@ def _draw_panel(axes: "Axes", name: str, splits: Mapping[str, Curve]) -> None:
             last, place = f"{curve.values[-1]:.3g}", (curve.steps[-1], curve.values[-1])
             axes.annotate(last, place, (7, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
     title = panel_title(name, splits)
-    axes.set_title(title, loc="left", fontsize=11, **_as_text(title))
+    axes.set_title(title, loc="left", fontsize=11, **as_text(title))
     axes.set_xlabel("step", fontsize=9, color=QUIET)
     if len(splits) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qkv.look.attention import attend
+from qkv.look.attention import Attended, attend
 from qkv.look.report import AttentionView, Report, Sample, write
 from qkv.train import Run, Scores, Task
 
@@ -71,15 +71,16 @@ def views(run: Run, task: Task, text: str) -> list[AttentionView]:
     chosen = [one for one in attended if one.kind == "cross"] or attended
     return [
         AttentionView(
-            f"{text} → {answer.text}" if answer is not None else text,
+            (f"{text} → {answer.text}" if answer is not None else text) + captioned(one),
             one.rows,
             one.columns,
             one.weights.flatten(0, 1).numpy(),
-            [
-                f"layer {layer + 1}, head {head + 1}"
-                for layer in range(len(one.weights))
-                for head in range(one.weights.shape[1])
-            ],
+            [f"layer {layer}, head {head + 1}" for layer in one.numbers for head in range(one.weights.shape[1])],
         )
         for one in chosen
     ]
+
+
+def captioned(one: Attended) -> str:
+    """What is measured, where it is not the usual."""
+    return "" if one.measure == Attended.measure else f" ({one.measure})"

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from qkv.context import Tap
 from qkv.data import Batch
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
+from qkv.objectives.auxiliary import Auxiliary
 from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
 from qkv.parts import Head
 from qkv.spec import part
@@ -21,6 +23,7 @@ class MaskedTokens(Objective):
     share: float = 0.15
     hide: float = 0.8
     swap: float = 0.1
+    auxiliary: tuple[Auxiliary, ...] = ()
 
     def check(self) -> None:
         if not 0 < self.share <= 1 or min(self.hide, self.swap) < 0 or self.hide + self.swap > 1:
@@ -48,6 +51,6 @@ class MaskedTokens(Objective):
         shown = torch.where(chosen & (fate >= self.hide) & (fate < self.hide + self.swap), random, shown)
         return Example(shown, ragged(lengths, ids.shape[1]), ids[chosen], chosen)
 
-    def loss(self, model: Module, example: Example, *, smooth: bool = True) -> Tensor:
-        x = model.hidden(example.inputs, lengths=example.lengths)[example.chosen]
+    def predict(self, model: Module, example: Example, smooth: bool, tap: Tap | None = None) -> Tensor:
+        x = model.hidden(example.inputs, lengths=example.lengths, tap=tap)[example.chosen]
         return model.loss(x, example.labels)

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from qkv.context import Tap
 from qkv.data import Batch
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
+from qkv.objectives.auxiliary import Auxiliary
 from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
 from qkv.parts import Head
 from qkv.spec import part
@@ -23,6 +25,7 @@ class NextToken(Objective):
     """−Σ log p(y_t | y_<t) (Bengio 2003); `label_smoothing` ε spreads ε over the vocabulary."""
 
     label_smoothing: float = 0.0
+    auxiliary: tuple[Auxiliary, ...] = ()
 
     def refuse(self, model: Model) -> None:
         if not isinstance(model, Sequence) or not model.mask.causal or not isinstance(model.head, Head):
@@ -31,6 +34,6 @@ class NextToken(Objective):
     def example(self, batch: Batch, vocabulary: Vocabulary, generator: torch.Generator) -> Example:
         return shifted(batch)
 
-    def loss(self, model: Module, example: Example, *, smooth: bool = True) -> Tensor:
-        x = model.hidden(example.inputs, lengths=example.lengths)[example.chosen]
+    def predict(self, model: Module, example: Example, smooth: bool, tap: Tap | None = None) -> Tensor:
+        x = model.hidden(example.inputs, lengths=example.lengths, tap=tap)[example.chosen]
         return model.loss(x, example.labels, self.label_smoothing if smooth else 0.0)

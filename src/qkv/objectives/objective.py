@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qkv.context import Tap
 from qkv.data import Batch
 from qkv.models import Model, Module
+from qkv.objectives.auxiliary import Auxiliary, listen, weighted
 from qkv.spec import Spec
 
 
@@ -56,6 +58,8 @@ class Objective(Spec):
 
     pairs: ClassVar[bool] = False
     """Whether it learns from pairs of texts or from running text."""
+    auxiliary: tuple[Auxiliary, ...] = ()
+    """What is added to the loss of each token in training; an objective that can learn with experts has the field."""
 
     def refuse(self, model: Model) -> None:
         """Raise `QkvError` where this model cannot learn this."""
@@ -66,6 +70,13 @@ class Objective(Spec):
 
     def loss(self, model: Module, example: Example, *, smooth: bool = True) -> Tensor:
         """Σ over the example's tokens; without `smooth` the negative log-likelihood that perplexity is made of."""
+        if not smooth or not self.auxiliary:
+            return self.predict(model, example, smooth)
+        tap = listen(self.auxiliary)
+        return self.predict(model, example, smooth, tap) + example.tokens * weighted(self.auxiliary, tap)
+
+    def predict(self, model: Module, example: Example, smooth: bool, tap: Tap | None = None) -> Tensor:
+        """The loss by itself; the model's passes are seen by the tap."""
         raise AssertionError(f"{type(self).__name__} does not say what its loss is")
 
 

@@ -31,18 +31,40 @@ class ShortConvolution(nn.Module):
         width, size = self.weight.shape
         return self.weight.new_zeros(batch, size - 1, width)
 
-    def forward(self, x: Tensor, taps: Tensor | None = None, lengths: Tensor | None = None) -> Convolved:
-        """x: B T D, rows packed left, of which lengths (B) are real; None is all."""
+    def forward(
+        self, x: Tensor, taps: Tensor | None = None, lengths: Tensor | None = None, ages: Tensor | None = None
+    ) -> Convolved:
+        """x: B T D, rows packed left, of which lengths (B) are real; None is all.
+
+        `ages` (B T) says how many tokens of its own document stand before each token: it sees no others.
+        """
         T, k = x.shape[1], self.weight.shape[1]
-        x = torch.cat(((self.no_taps(len(x)) if taps is None else taps).to(x.dtype), x), 1)
+        preceded = precede(x, self.no_taps(len(x)) if taps is None else taps, lengths)
         w, y = self.weight.to(x.dtype), torch.zeros_like(x[:1, :1]) if self.bias is None else self.bias.to(x.dtype)
         for i in range(k):  # one pass a tap: forward and backward take a third of the library's depthwise convolution
-            y = torch.addcmul(y, x[:, i : i + T], w[:, i])
-        if lengths is None:
-            return Convolved(y, x[:, T:].clone())  # a view would keep all of x
-        last = lengths[:, None] + torch.arange(k - 1, device=x.device)
-        return Convolved(y, x[torch.arange(len(x), device=x.device)[:, None], last])
+            tap = preceded.all[:, i : i + T]
+            if ages is not None:
+                tap = tap.masked_fill((ages < k - 1 - i)[..., None], 0)
+            y = torch.addcmul(y, tap, w[:, i])
+        return Convolved(y, preceded.last)
 
     def extra_repr(self) -> str:
         width, size = self.weight.shape
         return f"{width} channels, {size} taps{'' if self.bias is None else ' + bias'}"
+
+
+@dataclass(frozen=True, eq=False)
+class Preceded:
+    """Inputs with those before them, `all` (B n+T D), and the last n real ones, `last` (B n D)."""
+
+    all: Tensor
+    last: Tensor
+
+
+def precede(x: Tensor, before: Tensor, lengths: Tensor | None) -> Preceded:
+    """x: B T D, of which lengths (B) are real, after the inputs `before` (B n D)."""
+    n, T, x = before.shape[1], x.shape[1], torch.cat((before.to(x.dtype), x), 1)
+    if lengths is None:
+        return Preceded(x, x[:, T:].clone())  # a view would keep all of x
+    last = lengths[:, None] + torch.arange(n, device=x.device)
+    return Preceded(x, x[torch.arange(len(x), device=x.device)[:, None], last])

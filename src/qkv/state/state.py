@@ -137,11 +137,12 @@ class State:
 
     def rewind(self, mark: Mark, keep: int) -> int:
         """Go back to `keep` tokens after the mark, in every row → how many of those to feed again."""
-        again = max((cell.rewind(at, keep) for cell, at in zip(self, mark.cells, strict=True)), default=0)
-        kept = keep - again
+        kept = keep
+        while short := max((cell.rewind(at, kept) for cell, at in zip(self, mark.cells, strict=True)), default=0):
+            kept -= short  # where one cell needs tokens again, all must go back as far
         self.lengths, self.most = mark.lengths + kept, mark.most + kept
         self.start = None if mark.start is None else mark.start + kept
-        return again
+        return keep - kept
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is held, under `position.branch.name`."""

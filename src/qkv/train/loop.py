@@ -129,6 +129,10 @@ class Trainer:
             group["lr"] = self.recipe.optimizer.lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for module in self.model.modules():
+            after_step = getattr(module, "after_step", None)  # of a router that balances itself
+            if after_step is not None:
+                after_step()
         self.step += 1
         return total
 

@@ -2,15 +2,20 @@
 
 from qkv.zoo import (
     albert,
+    bamba,
     bart,
     bert,
+    deltanet,
     distilbert,
     electra,
     falcon,
     gemma,
+    gla,
     gpt,
     gpt1,
     gpt2,
+    jamba,
+    linear,
     llama,
     mamba,
     marian,
@@ -20,14 +25,19 @@ from qkv.zoo import (
     neox,
     phi3,
     qwen,
+    retnet,
+    rnn,
     roberta,
+    rwkv6,
+    samba,
     t5,
     transformer,
 )
 from qkv.zoo.registry import FAMILIES, PRESETS, family_of, preset, spec_from, spec_of
 
 __all__ = [
-    "FAMILIES", "PRESETS", "albert", "bart", "bert", "distilbert", "electra", "falcon", "family_of", "gemma", "gpt",
-    "gpt1", "gpt2", "llama", "mamba", "marian", "mistral", "mixtral", "modernbert", "neox", "phi3", "preset", "qwen",
-    "roberta", "spec_from", "spec_of", "t5", "transformer",
+    "FAMILIES", "PRESETS", "albert", "bamba", "bart", "bert", "deltanet", "distilbert", "electra", "falcon",
+    "family_of", "gemma", "gla", "gpt", "gpt1", "gpt2", "jamba", "linear", "llama", "mamba", "marian", "mistral",
+    "mixtral", "modernbert", "neox", "phi3", "preset", "qwen", "retnet", "rnn", "roberta", "rwkv6", "samba",
+    "spec_from", "spec_of", "t5", "transformer",
 ]  # fmt: skip

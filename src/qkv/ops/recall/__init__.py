@@ -12,13 +12,18 @@ Padding changes nothing where g = 0 and v = 0 (with β: β = 0).
 Linear attention has g = None, RetNet a g for each head, Mamba-2 one for each token (q = C, k = B, v = Δx), GLA a
 vector; DeltaNet has β and Gated DeltaNet both.
 
-One equation, two forms, which agree in values, all gradients and the last state:
+One equation, three forms, which agree in values, all gradients and the last state:
 
     naive     the recurrence read aloud; `step` is one token of it.
     chunked   matrix products within chunks of tokens, the recurrence only from chunk to chunk; linear in T.
+    weights   all tokens are one chunk, and what they read is written out as a T × T matrix of weights.
+
+`running_max` and `bonus` are what mLSTM and RWKV put around it.
 """
 
 from qkv.ops.recall.chunked import chunked
 from qkv.ops.recall.naive import Recalled, naive, step
+from qkv.ops.recall.weights import weights
+from qkv.ops.recall.wrapped import bonus, running_max
 
-__all__ = ["Recalled", "chunked", "naive", "step"]
+__all__ = ["Recalled", "bonus", "chunked", "naive", "running_max", "step", "weights"]

@@ -4,7 +4,8 @@
 
 x and Δ (dt) are B T D, A is D N and negative, B and C are B T N, the state h is B D N; y is B T D. This is `recall`
 with a head for each channel, one value in each and a decay for each row: too small for matrix products to pay. All is
-computed in fp32 at least, the state is kept so. Padding changes nothing where Δ = 0. Gu & Dao 2023, Mamba.
+computed in fp32 at least, the state is kept so. Padding changes nothing where Δ = 0. `first` (1|B T) marks the first
+token of each document, before which h is 0. Gu & Dao 2023, Mamba.
 
 One equation, two forms, which agree in values, all gradients and the last state:
 

@@ -16,15 +16,26 @@ class Scanned:
     state: Tensor
 
 
-def naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None = None) -> Scanned:
-    """One token after the other; x, dt: B T D, A: D N, B, C: B T N, h: B D N.
+def naive(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Scanned:
+    """One token after the other; x, dt: B T D, A: D N, B, C: B T N, h: B D N, first: 1|B T.
 
     The output has the type of x, the state fp32 (fp64 for fp64). Raises QkvError where shapes do not fit.
     """
     h = begin(x, dt, A, B, C, h)
+    begins = [None] * x.shape[1] if first is None else first[..., None, None].unbind(1)
     ys = []
     # unbind: the gradient of an index has the size of the whole tensor, which would make the loop quadratic
-    for x_t, dt_t, B_t, C_t in zip(*(z.to(h.dtype).unbind(1) for z in (x, dt, B, C)), strict=True):
+    each = (z.to(h.dtype).unbind(1) for z in (x, dt, B, C))
+    for x_t, dt_t, B_t, C_t, begins_t in zip(*each, begins, strict=True):
+        h = h if begins_t is None else h.masked_fill(begins_t, 0)
         h = (dt_t[..., None] * A).exp() * h + (dt_t * x_t)[..., None] * B_t[:, None]
         ys.append((h * C_t[:, None]).sum(-1))
     return Scanned(torch.stack(ys, 1).to(x.dtype), h)

@@ -1,8 +1,80 @@
 """What may stand in a branch."""
 
 from qkv.parts.mixers.attention import Attention
+from qkv.parts.mixers.bidirectional import Bidirectional
 from qkv.parts.mixers.body import Body, Mixer
+from qkv.parts.mixers.fixed import Fourier, TokenMixing
 from qkv.parts.mixers.mamba import Mamba
 from qkv.parts.mixers.mamba2 import Mamba2
+from qkv.parts.mixers.memory import (
+    GLA,
+    HGRN2,
+    KDA,
+    MLSTM,
+    Add,
+    Decay,
+    Delta,
+    DeltaNet,
+    Exponential,
+    Feature,
+    GatedDeltaNet,
+    GatedRetention,
+    LinearAttention,
+    Memory,
+    PerChannel,
+    PerHead,
+    PerToken,
+    Pointwise,
+    Positive,
+    Retention,
+    Rule,
+    Softmax,
+    StepSize,
+    System,
+    Tied,
+    Unit,
+)
+from qkv.parts.mixers.rnn import GRU, LSTM, RNN
+from qkv.parts.mixers.rwkv6 import ChannelMix, Rwkv6
 
-__all__ = ["Attention", "Body", "Mamba", "Mamba2", "Mixer"]
+__all__ = [
+    "GLA",
+    "GRU",
+    "HGRN2",
+    "KDA",
+    "LSTM",
+    "MLSTM",
+    "RNN",
+    "Add",
+    "Attention",
+    "Bidirectional",
+    "Body",
+    "ChannelMix",
+    "Decay",
+    "Delta",
+    "DeltaNet",
+    "Exponential",
+    "Feature",
+    "Fourier",
+    "GatedDeltaNet",
+    "GatedRetention",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Memory",
+    "Mixer",
+    "PerChannel",
+    "PerHead",
+    "PerToken",
+    "Pointwise",
+    "Positive",
+    "Retention",
+    "Rule",
+    "Rwkv6",
+    "Softmax",
+    "StepSize",
+    "System",
+    "Tied",
+    "TokenMixing",
+    "Unit",
+]

@@ -15,7 +15,7 @@ from qkv.parts.norm import Norm
 from qkv.parts.position import Position
 from qkv.parts.score import ScaledDot, Score
 from qkv.spec import part
-from qkv.state import KV, Cell, Cross
+from qkv.state import KV, Cell, Cross, Rolling
 
 LONG = 4096 * 4096
 """From this many scores on, a mask is asked tile by tile and no T×S tensor is made."""
@@ -134,8 +134,11 @@ class _Attention(Body):
             if self.spec.over not in given:
                 raise QkvError(f"the state needs the memory {self.spec.over!r}: new_state(…, **model.encode(source))")
             return Cross(*self.keys_and_values(given[self.spec.over]))
-        shape = batch, self.groups, room + 1, self.head_width
-        return KV(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
+        reach = self.spec.mask.reach
+        slots = room if reach is None else Rolling.slots(reach, room)
+        shape = batch, self.groups, slots + 1, self.head_width
+        k, v = self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape)
+        return KV(k, v) if reach is None else Rolling(k, v, reach)
 
     def split(self, x: Tensor) -> Tensor:
         """B T (heads × K) → B heads T K."""

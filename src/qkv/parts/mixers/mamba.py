@@ -13,6 +13,8 @@ from qkv.ops import scan
 from qkv.parts.convolution import ShortConvolution
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
+from qkv.parts.mixers.recurrence import Recurrence
+from qkv.parts.norm import Norm
 from qkv.spec import part
 from qkv.state import Cell, Recurrent
 
@@ -23,7 +25,8 @@ class Mamba(Mixer):
 
     x = silu(conv(W_x u)), B = W_B x, C = W_C x, Δ = softplus(W_up W_down x + b), A = −e^{A_log};
     h_t = e^{Δ_t A} ⊙ h_{t−1} + (Δ_t x_t) B_tᵀ, y_t = h_t C_t + D ⊙ x_t. Left out, `inner` is 2 C and `rank`, the width
-    between W_down and W_up, ⌈C / 16⌉, as in the paper.
+    between W_down and W_up, ⌈C / 16⌉, as in the paper. The `norm` is of W_down x, B and C, each with its own weights
+    (Lieber 2024, Jamba). Where the model's mask lets a token not see the one before it, h is 0.
     """
 
     inner: int | None = None
@@ -32,16 +35,19 @@ class Mamba(Mixer):
     conv: int = 4
     conv_bias: bool = True
     bias: bool = False
+    norm: Norm | None = None
 
     def check(self) -> None:
         if any(n is not None and n < 1 for n in (self.inner, self.state, self.rank, self.conv)):
             raise QkvError("inner, state, rank and conv are each at least 1")
+        if self.norm is not None and self.norm.over_batch:
+            raise QkvError("steps cannot be normalised over the batch, whose padding they do not know")
 
     def build(self, width: int) -> Body:
         return _Mamba(self, width)
 
 
-class _Mamba(Body):
+class _Mamba(Recurrence):
     def __init__(self, spec: Mamba, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -54,6 +60,7 @@ class _Mamba(Body):
         self.dt_bias = step_bias(inner)
         self.B = Linear(inner, N, axes=("state", "hidden"))
         self.C = Linear(inner, N, axes=("state", "hidden"))
+        self.dt_norm, self.B_norm, self.C_norm = (spec.norm.build(n) if spec.norm else None for n in (rank, N, N))
         self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.out = Linear(inner, width, bias=spec.bias, axes=("embed", "hidden"))
@@ -64,14 +71,24 @@ class _Mamba(Body):
         return Recurrent(taps=self.x_conv.no_taps(batch), h=h)
 
     def forward(self, x: Tensor, context: Context, cell: Cell | None = None) -> Tensor:
-        held = cell.now if isinstance(cell, Recurrent) else {}
-        z, convolved = self.z(x), self.x_conv(self.x(x), held.get("taps"), context.lengths)
+        past, held = self.past(context), cell.now if isinstance(cell, Recurrent) else {}
+        z, convolved = self.z(x), self.x_conv(self.x(x), held.get("taps"), context.lengths, past.ages)
         x = F.silu(convolved.out)
-        dt = step_size(self.dt_up(self.dt_down(x)), self.dt_bias, context)
-        scanned = scan.chunked(x, dt, -self.A_log.to(dt.dtype).exp(), self.B(x), self.C(x), held.get("h"))
+        low, B, C = (
+            normed(self.dt_norm, self.dt_down(x)),
+            normed(self.B_norm, self.B(x)),
+            normed(self.C_norm, self.C(x)),
+        )
+        dt = step_size(self.dt_up(low), self.dt_bias, context)
+        A = -self.A_log.to(dt.dtype).exp()
+        scanned = scan.chunked(x, dt, A, B, C, held.get("h"), past.first())
         if isinstance(cell, Recurrent):
             cell.now = {"taps": convolved.taps, "h": scanned.state}
         return self.out((scanned.out + self.D.to(x.dtype) * x) * F.silu(z))
+
+
+def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 # --- what both generations share ---

@@ -13,6 +13,7 @@ from qkv.parts.convolution import ShortConvolution
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
 from qkv.parts.mixers.mamba import step_bias, step_size, wide
+from qkv.parts.mixers.recurrence import Recurrence
 from qkv.spec import part
 from qkv.state import Cell, Recurrent
 
@@ -24,7 +25,7 @@ class Mamba2(Mixer):
     x = silu(conv(W_x u)), B = silu(conv(W_B u)), C = silu(conv(W_C u)), Δ = softplus(W_Δ u + b), A = −e^{A_log};
     S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t. Heads share B and C in `groups`, and the RMS norm
     runs over the channels of each group. Left out, `head_width` makes all heads together 2 C wide. `step_limit` bounds
-    Δ.
+    Δ. Where the model's mask lets a token not see the one before it, S is 0.
     """
 
     heads: int
@@ -51,7 +52,7 @@ class Mamba2(Mixer):
         return _Mamba2(self, width)
 
 
-class _Mamba2(Body):
+class _Mamba2(Recurrence):
     def __init__(self, spec: Mamba2, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -81,14 +82,16 @@ class _Mamba2(Body):
         return self.x_conv, self.B_conv, self.C_conv
 
     def forward(self, x: Tensor, context: Context, cell: Cell | None = None) -> Tensor:
-        spec, held = self.spec, cell.now if isinstance(cell, Recurrent) else {}
+        spec, past, held = self.spec, self.past(context), cell.now if isinstance(cell, Recurrent) else {}
         z, dt = self.z(x), step_size(self.dt(x), self.dt_bias, context, spec.step_limit)
-        u = self.x_conv(self.x(x), held.get("x"), context.lengths)
-        B = self.B_conv(self.B(x), held.get("B"), context.lengths)
-        C = self.C_conv(self.C(x), held.get("C"), context.lengths)
+        u = self.x_conv(self.x(x), held.get("x"), context.lengths, past.ages)
+        B = self.B_conv(self.B(x), held.get("B"), context.lengths, past.ages)
+        C = self.C_conv(self.C(x), held.get("C"), context.lengths, past.ages)
         v = F.silu(u.out).unflatten(-1, (spec.heads, -1))
         k, q = (F.silu(y.out).unflatten(-1, (spec.groups, -1)).transpose(1, 2) for y in (B, C))
-        g = dt * -self.A_log.to(dt.dtype).exp()
+        g, first = dt * -self.A_log.to(dt.dtype).exp(), past.first()
+        if first is not None:
+            g = g.masked_fill(first[..., None], -torch.inf)
         read = recall.chunked(q, k, (v * dt[..., None]).transpose(1, 2), g.mT, state=held.get("S"))
         if isinstance(cell, Recurrent):
             cell.now = {"x": u.taps, "B": B.taps, "C": C.taps, "S": read.state}

@@ -6,6 +6,7 @@ from qkv.parts.position.position import Position, Positional, Shared
 from qkv.parts.position.rotary import Rotary
 from qkv.parts.position.scaling import (
     BandScaling,
+    EndpointScaling,
     LinearScaling,
     LongRope,
     NTKScaling,
@@ -16,6 +17,7 @@ from qkv.parts.position.scaling import (
 __all__ = [
     "ALiBi",
     "BandScaling",
+    "EndpointScaling",
     "Learned",
     "LinearScaling",
     "LongRope",

@@ -61,6 +61,15 @@ class LinearScaling(Scaling):
         return 1 / spans(theta, width, lengths) / self.factor
 
 
+@part("endpoint-scaling")
+class EndpointScaling(Scaling):
+    """r_i = θ^(−2i/(K−2)): from 1 to 1/θ with both ends (Sun 2023, RetNet's code)."""
+
+    def rates(self, theta: float, width: int, lengths: Tensor) -> Tensor:
+        at = torch.linspace(0, 1, width // 2, dtype=lengths.dtype, device=lengths.device)
+        return theta**-at
+
+
 @part("ntk-scaling")
 class NTKScaling(Scaling):
     """θ grows with the length n of the text: θ (factor n / trained − (factor − 1))^(K/(K−2)) where n > trained.
