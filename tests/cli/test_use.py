@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -112,6 +113,23 @@ def test_chat_answers_each_line(qkv, folder):
     done = qkv("chat", "speaker", "--system", "Be short.", "--tokens", 8, stdin="Hi\nWhy?\n\nnever read\n")
     assert (done.code, done.out) == (0, "".join(f"{answer}\n" for answer in wanted))
     assert qkv("chat", "speaker", stdin="").out == ""
+
+
+@pytest.mark.parametrize("options", [("--lookup", 4), ("--draft", "llama")], ids=["lookup", "draft"])
+def test_what_is_proposed_changes_no_text_and_is_counted(qkv, options):
+    asked = ["generate", "llama", SENTENCES[0], "--tokens", 30]
+    plain, done = qkv(*asked), qkv(*asked, *options)
+    assert (done.code, done.out) == (0, plain.out)
+    assert re.fullmatch(r"\d+ of \d+ proposed tokens stood \(\d+%\), \d+\.\d tokens a pass", done.err.splitlines()[-1])
+    assert ("(100%)" in done.err) == ("--draft" in options)
+
+
+def test_chat_takes_what_proposes(qkv):
+    asked = ["chat", "speaker", "--tokens", 20]
+    plain = qkv(*asked, stdin="Hi\nWhy?\n")
+    for options in (("--lookup", 4), ("--draft", "speaker")):
+        done = qkv(*asked, *options, stdin="Hi\nWhy?\n")
+        assert done.out == plain.out and done.err.count("proposed tokens stood") == 1
 
 
 def test_predict_does_what_the_model_is_for(qkv, folder):
@@ -228,6 +246,10 @@ MISTAKES = [
     (["generate", "llama", "x", "--min-p", "-0.1"], "min_p in [0, 1]"),
     (["generate", "llama", "x", "--tokens", "0"], "0 new tokens are asked for; at least 1 is made"),
     (["generate", "llama", "x", "--stop", ""], "an empty stop string would end every text"),
+    (["generate", "llama", "x", "--lookup", "0"], "at least the last token is looked up, not 0"),
+    (["generate", "llama", "x", "--lookup", "3", "--draft", "llama"], "take either --draft or --lookup"),
+    (["generate", "llama", "x", "--draft", "speaker"], "a draft has the model's tokenizer, token by token"),
+    (["generate", "llama", "x", "--draft", "bert"], "both models must be decoders"),
     (["generate", "llama", "x", "--dtype", "fp8"], "no dtype is called 'fp8'"),
     (["generate", "gpt2", ""], "text 1 is empty and the model has no token that begins a text"),
     (["generate", "gpt2", "name " * 90], "tokens and the model takes 64: shorten or split it"),

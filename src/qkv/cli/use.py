@@ -4,13 +4,17 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qkv.cli.engine import Torch, opened
 from qkv.cli.run import As_json, NoRepeat, RepetitionPenalty, lines, piped, ruled, ruling, sampled
 from qkv.errors import QkvError
+
+if TYPE_CHECKING:
+    from qkv.decode import Proposer
+    from qkv.use import Task
 
 Model = Annotated[
     str, typer.Argument(help="A run, a directory, a .gguf file, or a name such as smollm2-135m-instruct.")
@@ -22,6 +26,10 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest toke
 MinP = Annotated[float | None, typer.Option(help="Sample from tokens at least p times as likely as the best.")]
 Seed = Annotated[int | None, typer.Option(help="The seed of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")]
+Draft = Annotated[str | None, typer.Option(help="Sooner: a smaller model of the same tokenizer proposes tokens.")]
+Lookup = Annotated[
+    int | None, typer.Option(help="Sooner: propose what followed so many last tokens, or fewer, earlier in the text.")
+]
 Adapter = Annotated[list[Path] | None, typer.Option(help="A PEFT LoRA directory to add. May be repeated.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; left out, as the file has it, GGUF in fp32.")]
 
@@ -36,6 +44,25 @@ def show(pieces: Iterable[str]) -> str:
     return text
 
 
+def proposing(task: "Task", draft: str | None, lookup: int | None, torch: bool) -> "Proposer | None":
+    """What proposes tokens, if an option asks for it."""
+    from qkv.decode import Lookup
+
+    if draft is not None and lookup is not None:
+        raise QkvError("take either --draft or --lookup: one of them proposes the next tokens")
+    if draft is not None:
+        return task.draft(opened(draft, torch=torch, quiet=True))
+    return None if lookup is None else Lookup(lookup)
+
+
+def judged(proposer: "Proposer | None") -> None:
+    """Say how well what was proposed did."""
+    if proposer is not None and proposer.passes:
+        share, each = proposer.accepted / max(1, proposer.proposed), proposer.tokens / proposer.passes
+        stood = f"{proposer.accepted:,} of {proposer.proposed:,} proposed tokens stood ({share:.0%})"
+        print(f"{stood}, {each:.1f} tokens a pass", file=sys.stderr)
+
+
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue, or - for standard input.")],
@@ -48,6 +75,8 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     no_repeat: NoRepeat = None,
     stop: Stop = None,
+    draft: Draft = None,
+    lookup: Lookup = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
     torch: Torch = False,
@@ -61,11 +90,13 @@ def generate(
     task = opened(model, dtype, adapter, torch=torch)
     search = ruled(sampled(asked, task.manner.search), task.usual, rules)
     ids = task.encode(prompt)
-    pieces = task.stream(ids, search, tokens=tokens, stop=stop or [])
+    proposer = proposing(task, draft, lookup, torch)
+    pieces = task.stream(ids, search, tokens=tokens, stop=stop or [], proposer=proposer)
     if as_json:
         print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False))
     else:
         show(pieces)
+    judged(proposer)
 
 
 def chat(
@@ -79,6 +110,8 @@ def chat(
     seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
     no_repeat: NoRepeat = None,
+    draft: Draft = None,
+    lookup: Lookup = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
     torch: Torch = False,
@@ -90,13 +123,14 @@ def chat(
     sampled(asked)  # refuses what cannot be before a model is opened
     rules = ruling(repetition_penalty, no_repeat)
     task = opened(model, dtype, adapter, torch=torch)
-    talk = Chat(task, system, ruled(sampled(asked, task.manner.search), task.usual, rules))
+    proposer = proposing(task, draft, lookup, torch)
+    talk = Chat(task, system, ruled(sampled(asked, task.manner.search), task.usual, rules), proposer)
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip()
         if not line:
-            return
+            return judged(proposer)
         show(talk.say(line, tokens=tokens))
 
 

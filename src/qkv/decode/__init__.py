@@ -17,10 +17,11 @@ from qkv.decode.rules import (
 )
 from qkv.decode.sample import Sample
 from qkv.decode.search import Hypothesis, Move, Rows, Search, Steps, decode
+from qkv.decode.speculative import Draft, Lookup, Proposer, speculate
 from qkv.decode.stream import Session, stream
 
 __all__ = [
-    "AtLeast", "Ban", "Batcher", "Beam", "ForceFirst", "ForceLast", "Greedy", "Hypothesis", "Move", "NoRepeat",
-    "OneByOne", "Past", "RepetitionPenalty", "Request", "Rows", "Rule", "Sample", "Search", "Session", "Steps",
-    "Suppress", "SuppressFirst", "decode", "stream",
+    "AtLeast", "Ban", "Batcher", "Beam", "Draft", "ForceFirst", "ForceLast", "Greedy", "Hypothesis", "Lookup", "Move",
+    "NoRepeat", "OneByOne", "Past", "Proposer", "RepetitionPenalty", "Request", "Rows", "Rule", "Sample", "Search",
+    "Session", "Steps", "Suppress", "SuppressFirst", "decode", "speculate", "stream",
 ]  # fmt: skip

@@ -8,47 +8,76 @@ from torch import Tensor
 from qkv.decode.greedy import OneByOne
 from qkv.decode.rules import NEVER, Past
 from qkv.errors import QkvError
-from qkv.models import Module
+from qkv.models import Memory, Module
+from qkv.state.state import Mark
 
 
 class Session:
     """A text and its state. What a longer text shares with the one before is not computed again (a chat's history).
 
-    There is room for `reserved` tokens at first. A text that outgrows its room is begun anew, with twice as much.
+    There is room for `reserved` tokens at first. A text that outgrows its room is begun anew, with twice as much. An
+    encoder-decoder reads `memory=model.encode(source)`.
     """
 
-    def __init__(self, model: Module, reserved: int = 0) -> None:
-        self.model, self.ids = model, list[int]()
+    def __init__(self, model: Module, reserved: int = 0, memory: Memory | None = None) -> None:
+        self.model, self.ids, self.memory = model, list[int](), memory
         self.room, self.reserved = 0, reserved
+        self.marked: tuple[int, Mark]
 
     @torch.inference_mode()
-    def feed(self, ids: Sequence[int], room: int = 0) -> Tensor:
-        """The text is now `ids`, and may grow to `room` tokens → scores of the next token, 1 V in fp32."""
-        if not ids:
+    def feed(self, ids: Sequence[int], room: int = 0, trial: int = 0) -> Tensor:
+        """The text is now `ids`, and may grow to `room` tokens → scores of the next token, 1 V in fp32.
+
+        The last `trial` of them are on trial: the next text may well leave them out. Scores are then those of what
+        follows the token before them and each of them, 1 + trial V.
+        """
+        sure = len(ids) - trial
+        if sure < 1:
             raise QkvError("a prompt needs at least one token")
         if max(room, len(ids)) > self.room:
             self.begin(max(room, len(ids)))
-        same = shared(self.ids, ids)
+        same = shared(self.ids, ids[:sure])
         if same < len(self.ids):
-            same -= self.state.rewind(self.beginning, same)
+            if same < self.marked[0]:
+                self.marked = 0, self.beginning
+            start, mark = self.marked
+            same -= self.state.rewind(mark, same - start)
         self.ids = self.ids[:same]
-        return self.more(ids[same:])
+        # A recurrence reads again what stands after the mark. What is more than the trial is worth a pass of its own.
+        if sure - same <= trial:
+            self.mark()
+            return self.more(ids[same:], 1 + trial)
+        scores = self.more(ids[same:sure])
+        self.mark()
+        return torch.cat((scores, self.more(ids[sure:], trial))) if trial else scores
 
     @torch.inference_mode()
-    def more(self, ids: Sequence[int]) -> Tensor:
-        """The text goes on with `ids` → as `feed`, without a look at what was fed before."""
+    def more(self, ids: Sequence[int], last: int = 1) -> Tensor:
+        """The text goes on with `ids` → scores of what follows each of the `last` ones, last V in fp32.
+
+        There is no look at what was fed before.
+        """
         if len(self.ids) + len(ids) > self.room:
-            return self.feed([*self.ids, *ids])
+            ids = [*self.ids, *ids]
+            self.begin(len(ids))
         x = self.model.hidden(torch.tensor([list(ids)], device=self.model.device), state=self.state)
         self.ids += ids
-        return self.model.logits(x[:, -1]).float()
+        return self.model.logits(x[0, -last:]).float()
+
+    def mark(self) -> None:
+        """A later text that begins with this one need not be read again before here."""
+        self.marked = len(self.ids), self.state.mark()
 
     def begin(self, least: int) -> None:
         """An empty state."""
         room, most = max(least, 2 * self.room, self.reserved), self.model.wiring.embed.room
         room = room if most is None else max(least, min(room, most))
-        self.state = self.model.new_state(1, room)
+        if self.memory is None:
+            self.state = self.model.new_state(1, room)
+        else:
+            self.state = self.model.new_state(1, room, **self.memory)
         self.room, self.ids, self.beginning = room, [], self.state.mark()
+        self.marked = 0, self.beginning
 
 
 def shared(old: Sequence[int], new: Sequence[int]) -> int:

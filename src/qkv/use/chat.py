@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from qkv.data import ChatTemplate
-from qkv.decode import OneByOne, Session
+from qkv.decode import OneByOne, Proposer, Session
 from qkv.errors import QkvError
 from qkv.use.task import Task
 
@@ -14,8 +14,10 @@ RESERVED = 2048
 class Chat:
     """Messages in the checkpoint's own template. The state is kept: only what is new in a turn is computed."""
 
-    def __init__(self, task: Task, system: str | None = None, search: OneByOne | None = None) -> None:
-        self.task, self.search = task, search
+    def __init__(
+        self, task: Task, system: str | None = None, search: OneByOne | None = None, proposer: Proposer | None = None
+    ) -> None:
+        self.task, self.search, self.proposer = task, search, proposer
         self.template = ChatTemplate.of(task.target)
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.session = Session(task.model, RESERVED)
@@ -27,8 +29,10 @@ class Chat:
         room = self.task.room
         if room is not None and len(ids) >= room:
             raise QkvError(f"the conversation has {len(ids)} tokens and the model takes {room}: begin a new one")
-        answer = ""
-        for piece in self.task.stream(ids, self.search, tokens=tokens, stop=stop, seed=seed, session=self.session):
+        answer, session, proposer = "", self.session, self.proposer
+        for piece in self.task.stream(
+            ids, self.search, tokens=tokens, stop=stop, seed=seed, session=session, proposer=proposer
+        ):
             answer += piece
             yield piece
         self.messages = [*messages, {"role": "assistant", "content": answer}]
