@@ -26,7 +26,7 @@ def small(depth: int = 3) -> Sequence:
 def test_every_preset_survives_json_and_python(name):
     spec = spec_of(name)
     assert load(json.loads(json.dumps(dump(spec)))) == spec
-    names = {**vars(masks), **vars(parts), **vars(models)}
+    names = {**vars(masks), **vars(models), **vars(parts)}
     assert eval(repr(spec), names) == spec
     assert eval(str(spec), names) == spec
     assert max(map(len, str(spec).splitlines())) <= 100
