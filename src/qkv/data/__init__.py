@@ -6,10 +6,11 @@ Importing this room imports no torch: batches, which need it, are imported when 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkv.data.files import Record, read
+from qkv.data.files import Record, Synthetic, read
 from qkv.data.gguf import tokenizer_from_gguf
 from qkv.data.llama2c import tokenizer_from_llama2c
 from qkv.data.pretrained import load_tokenizer
+from qkv.data.synthetic import AssociativeRecall
 from qkv.data.tokenizer import Encoded, TextStream, Tokenizer
 from qkv.data.tokenizers import (
     BPE,
@@ -26,24 +27,29 @@ if TYPE_CHECKING:
     from qkv.data.batches import (
         Batch,
         Data,
+        Files,
         Tokenizers,
         TrainingBatches,
         by_length,
         evaluation_batches,
         pad_rows,
+        records,
         train_tokenizers,
     )
     from qkv.data.chat import ChatTemplate
 
 __all__ = [
     "BPE",
+    "AssociativeRecall",
     "Batch",
     "Character",
     "ChatTemplate",
     "Data",
     "Encoded",
+    "Files",
     "Record",
     "Symbols",
+    "Synthetic",
     "TextStream",
     "Tokenizer",
     "TokenizerSpec",
@@ -57,6 +63,7 @@ __all__ = [
     "load_tokenizer",
     "pad_rows",
     "read",
+    "records",
     "tokenizer_from_gguf",
     "tokenizer_from_llama2c",
     "train_tokenizer",
@@ -67,11 +74,13 @@ _LATER = {"ChatTemplate": "qkv.data.chat"} | dict.fromkeys(
     (
         "Batch",
         "Data",
+        "Files",
         "Tokenizers",
         "TrainingBatches",
         "by_length",
         "evaluation_batches",
         "pad_rows",
+        "records",
         "train_tokenizers",
     ),
     "qkv.data.batches",

@@ -7,33 +7,37 @@ in the data is three numbers. Where the whole file is one pool it is read once.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.data.files import read
+from qkv.data.files import Record, Synthetic, read
 from qkv.data.pools import Cursor, Pool, Reader, pair_pool, text_of, text_pool
 from qkv.data.tokenizers import BPE, Tokenizer, TokenizerSpec, train_tokenizer
 from qkv.errors import QkvError
 from qkv.spec import Spec, part
+
+Files: TypeAlias = str | tuple[str, ...] | Synthetic
+"""A file, several, or a task that draws its own texts."""
 
 
 @part("data")
 class Data(Spec):
     """What a run reads: pairs from the columns `source` and `target`, or running text from the column `text`.
 
-    `train`, `valid` and `test` are a file or several (`qkv.data.files.read` says which kinds). One tokenizer serves
-    both sides unless the target has its own. Training skips pairs with a side of more than `max_tokens` positions;
-    text is cut in pieces of `context` positions. `pool` examples are in memory at once.
+    `train`, `valid` and `test` are a file or several (`qkv.data.files.read` says which kinds), or a synthetic task; a
+    number in place of `valid` is the share at the end of the training files that is not trained on. One tokenizer
+    serves both sides unless the target has its own. Training skips pairs with a side of more than `max_tokens`
+    positions; text is cut in pieces of `context` positions. `pool` examples are in memory at once.
     """
 
-    train: str | tuple[str, ...]
-    valid: str | tuple[str, ...] | None = None
-    test: str | tuple[str, ...] | None = None
+    train: Files
+    valid: Files | float | None = None
+    test: Files | None = None
     source: str | None = None
     target: str | None = None
     text: str | None = None
@@ -49,6 +53,8 @@ class Data(Spec):
             raise QkvError("name the columns: either both source and target, for pairs, or text, for running text")
         if self.text is not None and self.target_tokenizer is not None:
             raise QkvError("target_tokenizer is for pairs; running text has only tokenizer")
+        if isinstance(self.valid, float) and not 0 < self.valid < 1:
+            raise QkvError(f"valid is a file or a share between 0 and 1, not {self.valid:g}")
         for name in ("max_tokens", "context", "pool"):
             if getattr(self, name) < 1:
                 raise QkvError(f"{name} is {getattr(self, name)}; at least 1 is needed")
@@ -62,6 +68,28 @@ class Data(Spec):
     def longest(self) -> int:
         """The most positions of a training example."""
         return self.max_tokens if self.text is None else self.context
+
+
+def records(data: Data, files: Files | float, base: Path = Path(), start: int = 0) -> Iterator[Record]:
+    """The records of `data.train`, without what is held out of it, of `data.valid`, or of any other files."""
+    if isinstance(data.valid, float) and files in (data.train, data.valid):
+        cut = held_from(data, base)
+        if files == data.train:
+            return islice(read(data.train, data.columns, start=start, base=base), max(0, cut - start))
+        return read(data.train, data.columns, start=cut + start, base=base)
+    assert not isinstance(files, float)
+    return read(files, data.columns, start=start, base=base)
+
+
+def held_from(data: Data, base: Path) -> int:
+    """The first training record of the held out share: it begins where the other share of all characters has ended."""
+    assert isinstance(data.valid, float)
+    sizes = (sum(map(len, record.values)) + 1 for record in read(data.train, data.columns, base=base))
+    ends = np.fromiter(sizes, np.int64).cumsum()
+    cut = int(np.searchsorted(ends, (1 - data.valid) * ends[-1])) + 1
+    if cut >= len(ends):
+        raise QkvError(f"{data.train} has {len(ends)} records, too few to hold {data.valid:g} of them out")
+    return cut
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------
@@ -94,14 +122,17 @@ class Tokenizers:
 
 def train_tokenizers(data: Data, base: Path = Path()) -> Tokenizers:
     """Train what `data` describes on its training files; relative paths stand in `base`."""
-    records = partial(read, data.train, data.columns, base=base)
+
+    def trained() -> Iterator[Record]:
+        return records(data, data.train, base)
+
     if data.text is not None:
-        joint = train_tokenizer(data.tokenizer, (text_of(record) for record in records()))
+        joint = train_tokenizer(data.tokenizer, (text_of(record) for record in trained()))
     elif data.target_tokenizer is None:
-        joint = train_tokenizer(data.tokenizer, (text for record in records() for text in record.values))
+        joint = train_tokenizer(data.tokenizer, (text for record in trained() for text in record.values))
     else:
-        source = train_tokenizer(data.tokenizer, (record.values[0] for record in records()))
-        return Tokenizers(source, train_tokenizer(data.target_tokenizer, (record.values[1] for record in records())))
+        source = train_tokenizer(data.tokenizer, (record.values[0] for record in trained()))
+        return Tokenizers(source, train_tokenizer(data.target_tokenizer, (record.values[1] for record in trained())))
     return Tokenizers(joint, joint)
 
 
@@ -186,22 +217,20 @@ def _batch(pool: Pool, rows: np.ndarray, tokenizers: Tokenizers, first: int = 0)
     return Batch(source, source_lengths, target, target_lengths, torch.from_numpy(pool.index[rows] + first))
 
 
-def _reader(
-    data: Data, paths: str | Sequence[str], tokenizers: Tokenizers, base: Path, longest: int | None = None
-) -> Reader:
+def _reader(data: Data, files: Files | float, tokenizers: Tokenizers, base: Path, longest: int | None = None) -> Reader:
     def fill(cursor: Cursor) -> Pool:
         if data.text is not None:
             return text_pool(cursor, tokenizers.target, data.pool, data.context)
         return pair_pool(cursor, tokenizers.source, tokenizers.target, data.pool, longest)
 
-    return Reader(lambda start: read(paths, data.columns, start=start, base=base), fill)
+    return Reader(lambda start: records(data, files, base, start), fill)
 
 
 def evaluation_batches(
-    data: Data, paths: str | Sequence[str], tokenizers: Tokenizers, tokens_per_batch: int, *, base: Path = Path()
+    data: Data, files: Files | float, tokenizers: Tokenizers, tokens_per_batch: int, *, base: Path = Path()
 ) -> Iterator[Batch]:
     """Every example of the files once, however long it is, by length within a pool; `index` gives back their order."""
-    reader = _reader(data, paths, tokenizers, base)
+    reader = _reader(data, files, tokenizers, base)
     start = first = 0
     while True:
         pool = reader.pool(start)

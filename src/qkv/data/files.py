@@ -15,7 +15,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from qkv.errors import QkvError
-from qkv.spec import nearest
+from qkv.spec import Spec, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,26 @@ class Record:
     line: int
 
 
+class Synthetic(Spec):
+    """Texts that are drawn by a rule: it stands where a file of running text may stand."""
+
+    def texts(self) -> Iterator[str]:
+        """The same ones each time."""
+        raise AssertionError(f"{type(self).__name__} does not say what it draws")
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        """Each text is a document of one line."""
+        if len(columns) > 1:
+            raise QkvError(f"{self.kind} gives running text; name the column text, not {_quoted(columns)}")
+        return (Record((text,), Path(self.kind), 1) for text in self.texts())
+
+
 def read(
-    paths: str | Path | Sequence[str | Path], columns: Sequence[str], *, start: int = 0, base: Path = Path()
+    paths: str | Path | Sequence[str | Path] | Synthetic,
+    columns: Sequence[str],
+    *,
+    start: int = 0,
+    base: Path = Path(),
 ) -> Iterator[Record]:
     """The records of one or several files, from number `start` on; relative paths stand in the folder `base`.
 
@@ -40,6 +58,8 @@ def read(
     Raises QkvError: a file that is missing, a directory, empty, not UTF-8, damaged or of unknown ending; a missing
     column; a row of another width; parallel files of different length; a value that is not text.
     """
+    if isinstance(paths, Synthetic):
+        return islice(paths.records(columns), start, None)
     files = [base / path for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not files:
         raise QkvError(f"no file was given to read {_quoted(columns)} from")

@@ -50,10 +50,10 @@ def spread(samples: Sequence[T], most: int) -> Sequence[T]:
 
 def summary(run: Run, task: Task) -> list[tuple[str, str]]:
     """What was trained on what, and for how long."""
-    recipe, metrics = run.recipe, run.metrics()
+    recipe, metrics, train = run.recipe, run.metrics(), run.recipe.data.train
     facts: list[tuple[str, Any]] = [
         ("model", f"{task.model.count() / 1e6:.2f} M parameters, width {getattr(recipe.model, 'width', '')}"),
-        ("trained on", recipe.data.train if isinstance(recipe.data.train, str) else " + ".join(recipe.data.train)),
+        ("trained on", " + ".join(train) if isinstance(train, tuple) else str(train)),
         ("objective", recipe.objective.kind),
         ("optimiser", f"{recipe.optimizer.kind}, {recipe.optimizer.schedule.kind}, peak lr {recipe.optimizer.lr:g}"),
     ]

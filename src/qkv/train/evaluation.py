@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qkv.data import read
+from qkv.data import Files, records
 from qkv.decode import Search
 from qkv.errors import QkvError
 from qkv.train.example import Examples
@@ -36,7 +36,7 @@ class Scores:
 
 
 def evaluate(
-    task: Task, recipe: Recipe, files: str | tuple[str, ...], base: Path, *, search: Search | None = None,
+    task: Task, recipe: Recipe, files: Files | float, base: Path, *, search: Search | None = None,
     examples: int | None = None,
 ) -> Scores:  # fmt: skip
     """Loss (nats per token) and perplexity over a data set, and the recipe's metric over its first `examples` texts."""
@@ -66,13 +66,11 @@ def score(metric: Metric, samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def predictions(
-    task: Task, recipe: Recipe, files: str | tuple[str, ...], base: Path, search: Search, examples: int | None
+    task: Task, recipe: Recipe, files: Files | float, base: Path, search: Search, examples: int | None
 ) -> list[Sample]:
     """Predict each distinct source once; its targets, on whatever lines, are its references."""
-    data = recipe.data
-    assert data.source is not None and data.target is not None
     references: dict[str, list[str]] = {}
-    for record in read(files, (data.source, data.target), base=base):
+    for record in records(recipe.data, files, base):
         source, target = record.values
         if examples is None or source in references or len(references) < examples:
             references.setdefault(source, []).append(target)

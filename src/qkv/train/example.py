@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qkv.data import Tokenizers, TrainingBatches, evaluation_batches
+from qkv.data import Files, Tokenizers, TrainingBatches, evaluation_batches
 from qkv.objectives import Example, Vocabulary
 from qkv.train.recipe import Recipe
 
@@ -34,7 +34,7 @@ class Examples:
             continue
         return made
 
-    def evaluation(self, files: str | tuple[str, ...]) -> Iterator[Example]:
+    def evaluation(self, files: Files | float) -> Iterator[Example]:
         """Every example of a data set, once; what is random in them is the same each time."""
         generator, size = torch.Generator().manual_seed(0), self.recipe.train.tokens_per_batch
         for batch in evaluation_batches(self.recipe.data, files, self.tokenizers, size, base=self.base):

@@ -1,7 +1,9 @@
 """A recipe is the whole experiment: model, data, objective, optimiser, training and evaluation in one TOML file."""
 
+import dataclasses as dc
 import tomllib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Model
 from qkv.objectives import Objective
 from qkv.parts import Tokens
-from qkv.spec import Spec, discover, edit, load, part, walk
+from qkv.spec import KINDS, Spec, discover, dump, edit, load, part, walk
 from qkv.train.metric import Metric, ValidationLoss
 from qkv.train.optimizer import AdamW, Optimizer
 from qkv.zoo import spec_of
@@ -107,8 +109,16 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     recipe: Recipe = load(tables, Recipe, str(path))
     for key, value in changes:
         if key != "model.preset":
-            recipe = edit(recipe, key, value)
+            recipe = edit(recipe, key, partial(named, value))
     return recipe
+
+
+def named(value: Any, before: Any) -> Any:
+    """The bare name of a part, where one stands, is that part with what it must be told taken from that one."""
+    if not (isinstance(value, str) and value in KINDS and isinstance(before, Spec)):
+        return value
+    told, needed = dump(before), [field.name for field in dc.fields(KINDS[value]) if field.default is dc.MISSING]
+    return {"kind": value, **{name: told[name] for name in needed if name in told}}
 
 
 def _refuse(setting: str) -> str:
