@@ -2,7 +2,8 @@
 
 import ctypes as ct
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, IntFlag
 from functools import cache
 from typing import Any, ClassVar
@@ -133,8 +134,8 @@ class Engine:
         if library().qkv_run(self.handle, program.handle, ct.byref(call)):
             raise MemoryError(f"there is no memory left for {call.rows} rows of a native program")
 
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "handle") and not ending():
             library().qkv_engine_free(self.handle)
             Engine.alive.discard(self)
             if not Engine.alive:
@@ -160,8 +161,8 @@ class Records:
         sizes = (ct.c_int32 * len(widths))(*widths)
         self.handle = library().qkv_program(array, len(ops), sizes, len(widths), wide_cache)
 
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if hasattr(self, "handle") and not ending():
             library().qkv_program_free(self.handle)
 
 

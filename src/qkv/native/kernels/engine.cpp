@@ -296,7 +296,7 @@ class Engine {
       pool_.barrier.wait();
     }
     const int64_t bytes = tile_bytes(op.store, op.inputs) * (op.gated ? 2 : 1);
-    const int step = std::max<int64_t>(1, (rows == 1 ? 20480 : 65536) / bytes);
+    const int64_t step = std::max<int64_t>(1, rows == 1 ? 20480 / bytes : 65536 / bytes / 2 * 2);  // tiles go in pairs
     shares(t, turn, units(op), step, [&](int from, int to) {
       products(op, op.weight, x, 0, rows, from, to, [](int row) { return Place{row, 0, 1}; });
     });
@@ -358,7 +358,7 @@ class Engine {
         const float* some = x.plain + (int64_t)row * wide;
         if (op.store == FLOAT) dense_tiles<FLOAT>(w, tiles, some, wide, rows, out[0]);
         else if (op.store == BFLOAT) dense_tiles<BFLOAT>(w, tiles, some, wide, rows, out[0]);
-        else packed_tiles(op.store, w, tiles, bytes, x.packed.row(row), rows, out[0]);
+        else packed_tiles(op.store, w, tiles, bytes, x.packed.row(row), rows, out[0], row == first);
         for (int i = 0; i < tiles; i += unit) finish(op, tile + i, row, rows, out[i], out[i + unit - 1], where);
       }
     }

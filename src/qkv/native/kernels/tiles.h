@@ -66,7 +66,7 @@ inline void quantise(const float* x, Activations to) {
 
 // --- packed products ---
 
-constexpr int AHEAD = 4096;  // bytes to prefetch: one row reads weights as fast as memory gives them
+constexpr int AHEAD = 4096;  // bytes: how far one row, which reads weights as fast as memory gives them, looks ahead
 
 template <int S>
 inline void numbers(const uint8_t* w, I u[8]) {
@@ -91,9 +91,15 @@ inline void dots(I (&sums)[T], const I (&u)[T][8], int v, const int8_t* q) {
   }
 }
 
+// What a product brings into the cache meanwhile: so many bytes for each 32 inputs.
+struct Ahead {
+  const uint8_t* at;
+  int bytes;
+};
+
 // out[t][r][lane] = Σ over inputs, for T tiles side by side, `apart` bytes apart, and R rows.
 template <int S, int T, int R>
-void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out) {
+void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahead ahead) {
   constexpr int zero = (S & MINIMA ? 0 : S & BITS8 ? 128 : 8) - (S & BITS8 ? TAKEN8 : 0);
   constexpr bool halves = S & HALVES, minima = S & MINIMA;
   const int blocks = x.inputs / BLOCK;
@@ -108,9 +114,9 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out) {
       d[t] = load(scales), d2[t] = halves ? load(scales + LANES) : F{};
       m[t] = minima ? load(scales + LANES * (1 + halves)) : F{};
       m2[t] = minima && halves ? load(scales + 3 * LANES) : F{};
-      if (R == 1)
-        for (int at = 0; at < block_bytes(S); at += 64) __builtin_prefetch(w + t * apart + AHEAD + at);
     }
+    for (int at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(ahead.at + at);
+    ahead.at += ahead.bytes;
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const int8_t* q = x.q + (int64_t)r * x.inputs + BLOCK * b;
@@ -143,40 +149,50 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out) {
 }
 
 template <int S, int T>
-void packed_some(int rows, const uint8_t* w, int64_t apart, Activations x, float* out) {
+void packed_some(int rows, const uint8_t* w, int64_t apart, Activations x, float* out, Ahead ahead) {
   switch (rows) {
-    case 1: return packed_tile<S, T, 1>(w, apart, x, out);
-    case 2: return packed_tile<S, T, 2>(w, apart, x, out);
-    case 3: return packed_tile<S, T, 3>(w, apart, x, out);
-    case 4: return packed_tile<S, T, 4>(w, apart, x, out);
+    case 1: return packed_tile<S, T, 1>(w, apart, x, out, ahead);
+    case 2: return packed_tile<S, T, 2>(w, apart, x, out, ahead);
+    case 3: return packed_tile<S, T, 3>(w, apart, x, out, ahead);
+    case 4: return packed_tile<S, T, 4>(w, apart, x, out, ahead);
   }
 }
 
 // Two tiles share what is read of the rows; for one or two rows each is read by itself, which memory gives faster.
+// Each of several groups of rows brings its part of the next tiles.
 template <int S>
-void packed_rows(const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out) {
+void packed_rows(const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out, bool fresh) {
+  const int blocks = x.inputs / BLOCK;
+  const uint8_t* next = w + tiles * apart;
   for (int r = 0, some; r < rows; r += some) {
     some = rows - r == 5 ? 3 : std::min(rows - r, 4);  // a row by itself costs as much as two
     float* to = out + LANES * r;
     if (tiles == 2 && rows > 2) {
-      packed_some<S, 2>(some, w, apart, x.row(r), to);
+      const Ahead ahead{next, fresh ? 2 * block_bytes(S) * some / rows : 0};
+      packed_some<S, 2>(some, w, apart, x.row(r), to, ahead);
+      next += (int64_t)blocks * ahead.bytes;
     } else {
-      for (int t = 0; t < tiles; t++) packed_some<S, 1>(some, w + t * apart, apart, x.row(r), to + t * ROWS * LANES);
+      for (int t = 0; t < tiles; t++) {
+        const uint8_t* from = w + t * apart;
+        const Ahead ahead{from + AHEAD, rows <= 2 ? block_bytes(S) : 0};
+        packed_some<S, 1>(some, from, apart, x.row(r), to + t * ROWS * LANES, ahead);
+      }
     }
   }
 }
 
-// One packed tile or two, and up to 16 rows → out[tile][row][16].
-inline void packed_tiles(int store, const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out) {
+// One packed tile or two, and up to 16 rows → out[tile][row][16]. Tiles that are read for the first time are `fresh`.
+inline void packed_tiles(int store, const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out,
+                         bool fresh) {
   switch (store) {
-    case 0: return packed_rows<0>(w, tiles, apart, x, rows, out);
-    case BITS8: return packed_rows<BITS8>(w, tiles, apart, x, rows, out);
-    case HALVES: return packed_rows<HALVES>(w, tiles, apart, x, rows, out);
-    case BITS8 | HALVES: return packed_rows<BITS8 | HALVES>(w, tiles, apart, x, rows, out);
-    case MINIMA: return packed_rows<MINIMA>(w, tiles, apart, x, rows, out);
-    case BITS8 | MINIMA: return packed_rows<BITS8 | MINIMA>(w, tiles, apart, x, rows, out);
-    case HALVES | MINIMA: return packed_rows<HALVES | MINIMA>(w, tiles, apart, x, rows, out);
-    case BITS8 | HALVES | MINIMA: return packed_rows<BITS8 | HALVES | MINIMA>(w, tiles, apart, x, rows, out);
+    case 0: return packed_rows<0>(w, tiles, apart, x, rows, out, fresh);
+    case BITS8: return packed_rows<BITS8>(w, tiles, apart, x, rows, out, fresh);
+    case HALVES: return packed_rows<HALVES>(w, tiles, apart, x, rows, out, fresh);
+    case BITS8 | HALVES: return packed_rows<BITS8 | HALVES>(w, tiles, apart, x, rows, out, fresh);
+    case MINIMA: return packed_rows<MINIMA>(w, tiles, apart, x, rows, out, fresh);
+    case BITS8 | MINIMA: return packed_rows<BITS8 | MINIMA>(w, tiles, apart, x, rows, out, fresh);
+    case HALVES | MINIMA: return packed_rows<HALVES | MINIMA>(w, tiles, apart, x, rows, out, fresh);
+    case BITS8 | HALVES | MINIMA: return packed_rows<BITS8 | HALVES | MINIMA>(w, tiles, apart, x, rows, out, fresh);
   }
 }
 
