@@ -162,12 +162,17 @@ def _fit_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
     if value is None and types.NoneType in options:
         return None
     faults: list[SpecError] = []
+    tables: list[SpecError] = []
     for option in options:
         if option is not types.NoneType:
             try:
                 return fit(value, option, path)
             except SpecError as fault:
                 faults.append(fault)
+                if isinstance(option, type) and issubclass(option, Spec):
+                    tables.append(fault)
+    if isinstance(value, Mapping) and len(tables) == 1:  # the only kind that a table can be meant for
+        raise tables[0]
     deepest = max(faults, key=lambda fault: len(fault.path))
     if len(faults) == 1 or len(deepest.path) > len(path):
         raise deepest
@@ -176,7 +181,9 @@ def _fit_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
 
 def _fit_part(value: Any, hint: type[Spec], path: str) -> Spec:
     if not isinstance(value, Mapping):
-        raise SpecError(path, f"expected {_name(hint)}, found {_show(value)}")
+        meant = difflib.get_close_matches(value, kinds(hint), 1) if isinstance(value, str) else []
+        guess = f"; did you mean {meant[0]!r}?" if meant else ""
+        raise SpecError(path, f"expected {_name(hint)}, found {_show(value)}{guess}")
     kind = value.get("kind", getattr(hint, "kind", None))
     if not isinstance(kind, str):
         raise SpecError(path, f"a 'kind' is needed here; one of: {', '.join(kinds(hint))}")

@@ -64,5 +64,5 @@ def test_what_cannot_be_held_out_is_refused(tmp_path):
     lines(tmp_path, "a single line")
     data = Data("a.txt", valid=0.1, text="text")
     for files in (data.train, data.valid):
-        with pytest.raises(QkvError, match=r"a\.txt has 1 records, too few to hold 0\.1 of them out"):
+        with pytest.raises(QkvError, match=r"a\.txt has 1 record, too few to hold 0\.1 of them out"):
             list(records(data, files, tmp_path))

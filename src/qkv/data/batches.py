@@ -88,7 +88,8 @@ def held_from(data: Data, base: Path) -> int:
     ends = np.fromiter(sizes, np.int64).cumsum()
     cut = int(np.searchsorted(ends, (1 - data.valid) * ends[-1])) + 1
     if cut >= len(ends):
-        raise QkvError(f"{data.train} has {len(ends)} records, too few to hold {data.valid:g} of them out")
+        found = "1 record" if len(ends) == 1 else f"{len(ends)} records"
+        raise QkvError(f"{data.train} has {found}, too few to hold {data.valid:g} of them out")
     return cut
 
 
