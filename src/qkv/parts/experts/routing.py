@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qkv.context import Context
 from qkv.errors import QkvError
+from qkv.ops.precision import wide
 from qkv.parts.linear import Linear
 from qkv.spec import Spec, nearest, part
 
@@ -184,8 +185,3 @@ class _BiasedTopK(nn.Module):
         if self.load is not None:
             self.bias += self.spec.speed * (self.load.mean() - self.load).sign()
             self.load = None
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """fp32, or wider if x is."""
-    return torch.promote_types(x.dtype, torch.float32)

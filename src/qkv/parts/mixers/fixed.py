@@ -6,11 +6,10 @@ from torch import Tensor
 
 from qkv.context import Context
 from qkv.errors import QkvError
-from qkv.ops.precision import as_given
+from qkv.ops.precision import as_given, wide
 from qkv.parts.activation import activation
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer, WholeBody
-from qkv.parts.mixers.mamba import wide
 from qkv.spec import part
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qkv.context import Context
 from qkv.errors import QkvError
 from qkv.ops import scan
+from qkv.ops.precision import wide
 from qkv.parts.convolution import ShortConvolution
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
@@ -92,11 +93,6 @@ def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
 
 
 # --- what both generations share ---
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """Decays and states are kept in fp32 at least: a step size in bf16 is off by a hundredth of itself."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def step_bias(size: int, least: float = 1e-3, most: float = 0.1) -> nn.Parameter:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from qkv.context import Context
 from qkv.errors import QkvError
 from qkv.ops import recall
+from qkv.ops.precision import wide
 from qkv.parts.convolution import ShortConvolution
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
-from qkv.parts.mixers.mamba import step_bias, step_size, wide
+from qkv.parts.mixers.mamba import step_bias, step_size
 from qkv.parts.mixers.recurrence import Recurrence
 from qkv.spec import part
 from qkv.state import Cell, Recurrent

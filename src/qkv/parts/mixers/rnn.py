@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from qkv.context import Context
 from qkv.errors import QkvError
-from qkv.ops.precision import as_given
+from qkv.ops.precision import as_given, wide
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
-from qkv.parts.mixers.mamba import wide
 from qkv.parts.mixers.recurrence import Recurrence
 from qkv.spec import part
 from qkv.state import Cell, Recurrent

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from qkv.context import Context
 from qkv.errors import QkvError
 from qkv.ops import recall
+from qkv.ops.precision import wide
 from qkv.parts.convolution import Preceded, precede
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
-from qkv.parts.mixers.mamba import wide
 from qkv.parts.mixers.memory.decay import by_head
 from qkv.parts.mixers.recurrence import Past, Recurrence
 from qkv.spec import part

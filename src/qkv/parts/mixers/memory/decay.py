@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.errors import QkvError
+from qkv.ops.precision import wide
 from qkv.parts.linear import Linear
-from qkv.parts.mixers.mamba import step_bias, wide
+from qkv.parts.mixers.mamba import step_bias
 from qkv.spec import Spec, part
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from qkv.context import Context
 from qkv.errors import QkvError
 from qkv.ops import recall
+from qkv.ops.precision import wide
 from qkv.parts.activation import activation
 from qkv.parts.convolution import ShortConvolution
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
-from qkv.parts.mixers.mamba import wide
 from qkv.parts.mixers.memory.decay import Decay, Project, by_head
 from qkv.parts.mixers.memory.feature import Feature
 from qkv.parts.mixers.memory.rule import Add, Rule, Write, repeat

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qkv.errors import QkvError
 from qkv.ops import recall
-from qkv.parts.mixers.mamba import wide
+from qkv.ops.precision import wide
 from qkv.parts.mixers.memory.decay import Project, capped, positive
 from qkv.spec import Spec, part
 
