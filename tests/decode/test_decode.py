@@ -10,6 +10,7 @@ from qkv.decode import AtLeast, Beam, Greedy, Hypothesis, NoRepeat, Past, Rows, 
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Module, Sequence
 from qkv.native import fast
+from qkv.ops.sample import Scores
 from qkv.parts import Attention, Block, Branch, FeedForward, Head, LayerNorm, Learned, Stack, Tokens
 from qkv.spec import edit
 from tests.contracts.specs import rough
@@ -187,7 +188,7 @@ def test_scores_that_somebody_holds_stay():
     rows = Rows(fast(build("decoder").float(), 1), PROMPTS, None, [9] * 4, (), ())
     held, copies = [], []
     for token in range(6):
-        held.append(rows.logits if token % 2 else rows.logits[1:3])
+        held.append(rows.scores.x if token % 2 else rows.scores.x[1:3])
         copies.append(held[-1].clone())
         rows.feed(torch.full((4,), token))
     assert all(torch.equal(one, copy) for one, copy in zip(held, copies, strict=True))
@@ -281,17 +282,17 @@ def test_the_likeliest_of_each_path_are_all_that_a_beam_needs(monkeypatch):
     """As if all paths were extended by all tokens."""
 
     def whole(logits, past, total, wide):
-        scores = total[..., None] + past.ruled(logits.log_softmax(-1)).unflatten(0, total.shape)
+        scores = total[..., None] + past.ruled(logits.changed(logits.log_p())).x.unflatten(0, total.shape)
         best, at = scores.flatten(1).topk(min(wide, scores[0].numel()), 1)
         return best, at // scores.shape[2], at % scores.shape[2]
 
     def found(how: Beam) -> list[list[Hypothesis]]:
         past = Past(how.rules, [[1]] * 20, [12] * 20, ENDS, torch.device("cpu"))
-        steps = how.run(table[torch.arange(20)], past, [12] * 20, ENDS, range(20))
+        steps = how.run(Scores(table[torch.arange(20)]), past, [12] * 20, ENDS, range(20))
         try:
             move = next(steps)
             while True:
-                move = steps.send(table[move.tokens])
+                move = steps.send(Scores(table[move.tokens]))
         except StopIteration as end:
             return end.value
 
@@ -342,7 +343,7 @@ P = torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2], [0.0625, 0.0625, 0.125, 0.25, 0.5
     ids=str,
 )
 def test_what_is_kept(sample, first, second):
-    p, ids = sample.kept(P.log())
+    p, ids = sample.kept(Scores(P.log()))
     for row, expected in enumerate((first, second)):
         assert set(ids[row, p[row] > 0].tolist()) == expected
         likely = p[row, p[row] > 0].double()
@@ -359,7 +360,7 @@ def test_what_is_kept_is_what_the_reference_library_keeps(options):
     expected = scores
     for warper, option in zip(names, options, strict=True):
         expected = expected if option is None else warper(option)(None, expected)
-    p, ids = Sample(**dict(zip(("temperature", "top_k", "top_p", "min_p"), options, strict=True))).kept(scores)
+    p, ids = Sample(**dict(zip(("temperature", "top_k", "top_p", "min_p"), options, strict=True))).kept(Scores(scores))
     found = torch.zeros(50, 30).scatter(1, ids, p / p.sum(-1, keepdim=True))
     torch.testing.assert_close(found, expected.softmax(-1))
 
@@ -370,11 +371,11 @@ def test_what_is_kept_is_what_the_reference_library_keeps(options):
 def test_frequencies_are_probabilities(sample):
     """χ² over rows with seeds of their own and over the draws of one row."""
     scores = torch.randn(8, generator=torch.Generator().manual_seed(4)).mul(1.5).log_softmax(-1)
-    p, ids = sample.kept(scores[None])
+    p, ids = sample.kept(Scores(scores[None]))
     expected = torch.zeros(8).scatter(0, ids[0], p[0] / p.sum())
     rows, steps = 400, 30
     choose = sample.chooser(range(rows))
-    drawn = torch.stack([choose(scores.expand(rows, -1), torch.arange(rows)) for _ in range(steps)])
+    drawn = torch.stack([choose(Scores(scores.expand(rows, -1)), torch.arange(rows)) for _ in range(steps)])
     for draws in (drawn.flatten(), drawn[0], drawn[-1]):
         counts, want = draws.bincount(minlength=8), expected * draws.numel()
         assert not counts[expected == 0].any()

@@ -30,6 +30,7 @@ from qkv.decode import (
 )
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Module
+from qkv.ops.sample import Scores
 from qkv.spec import dump, load
 from tests.contracts.specs import decoder, rough
 from tests.zoo import test_bart, test_gpt2, test_marian
@@ -107,7 +108,7 @@ def test_a_rule_is_theirs_row_by_row(rule: Rule, theirs: Any, rows: int) -> None
         limits = [chance.choice([6, made + 1]) if rows > 1 and not isinstance(rule, ForceLast) else 6] * rows
         scores = torch.randn(rows, VOCAB, generator=generator)
         before = scores.clone()
-        found = past((rule,), prompts, new, limits).ruled(scores)
+        found = past((rule,), prompts, new, limits).ruled(Scores(scores)).x
         assert torch.equal(scores, before)
         for row in range(rows):
             ids = torch.tensor([prompts[row] + new[row]])
@@ -120,13 +121,13 @@ def test_a_rule_is_theirs_row_by_row(rule: Rule, theirs: Any, rows: int) -> None
 def test_what_a_model_lacks_is_not_looked_at_and_not_forced() -> None:
     scores, prompts = torch.randn(1, 6), [[9, 1, 9]]
     for rule in (Suppress([7, -1]), Ban([[8], [9, 7]]), RepetitionPenalty(2.0), NoRepeat(1)):
-        found = Past((rule,), prompts, [3], [], torch.device("cpu")).ruled(scores)
+        found = Past((rule,), prompts, [3], [], torch.device("cpu")).ruled(Scores(scores)).x
         assert torch.equal(
             found != scores, torch.arange(6)[None].eq(1) & isinstance(rule, RepetitionPenalty | NoRepeat)
         )
     for rule in (ForceFirst(6), ForceLast(6)):
         with pytest.raises(QkvError, match="the token 6 is to be forced, and the model has 6"):
-            Past((rule,), prompts, [1], [], torch.device("cpu")).ruled(scores)
+            Past((rule,), prompts, [1], [], torch.device("cpu")).ruled(Scores(scores))
 
 
 def test_rules_are_values() -> None:
@@ -249,8 +250,8 @@ def test_a_sample_draws_from_what_the_rules_leave(rules: tuple[Rule, ...], model
     # There a forced first token comes after a prompt of one.
     heeded = [rule for rule in rules if not isinstance(rule, ForceFirst)]
     heeded = [SuppressFirst(rule.tokens) if isinstance(rule, SuppressFirst) else rule for rule in heeded]
-    changed = Past(heeded, ids.tolist(), [1] * ROWS, [44, 3], torch.device("cpu")).ruled(scores)
-    p, tokens = Sample(temperature=0.7, top_p=0.9).kept(changed)
+    changed = Past(heeded, ids.tolist(), [1] * ROWS, [44, 3], torch.device("cpu")).ruled(Scores(scores)).x
+    p, tokens = Sample(temperature=0.7, top_p=0.9).kept(Scores(changed))
     torch.testing.assert_close(torch.zeros_like(p).scatter(1, tokens, p / p.sum(1, keepdim=True)), wanted.softmax(-1))
 
 

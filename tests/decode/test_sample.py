@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkv.decode import Sample
 from qkv.decode.sample import FEW
+from qkv.ops.sample import Scores
 
 CUTS = [
     dict(zip(("temperature", "top_k", "top_p", "min_p"), options, strict=True))
@@ -39,7 +40,7 @@ def definition(sample: Sample, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("options", CUTS, ids=str)
 def test_what_is_kept_is_the_definitions(options, V):
     sample, scores = Sample(**options), rows(V)
-    found, places = sample.kept(scores)
+    found, places = sample.kept(Scores(scores))
     for row in range(len(scores)):
         ids, p, inside = definition(sample, scores[row])
         kept = torch.zeros(V).scatter_add(0, places[row], found[row])[ids]
@@ -60,7 +61,7 @@ def test_the_token_drawn_is_the_one_that_the_random_number_says(options, V):
     generators = [torch.Generator().manual_seed(sample.mixed(row)) for row in range(4)]
     plain = options["top_k"] is None and options["min_p"] is None and options["top_p"] in (None, 1.0)
     for _ in range(3):
-        for row, token in enumerate(choose(scores, torch.arange(4)).tolist()):
+        for row, token in enumerate(choose(Scores(scores), torch.arange(4)).tolist()):
             u = float(torch.rand(1, generator=generators[row]))
             ids, p, inside = definition(sample, scores[row])
             p = p.where(inside > 0, 0.0)
@@ -83,11 +84,11 @@ def test_rows_together_are_rows_alone_to_the_bit(options, V):
     scores = torch.cat((scores, scores.bfloat16().float()))  # many are equal
     together, alone = sample.chooser(range(8)), sample.chooser(range(8))
     for _ in range(2):
-        drawn = together(scores, torch.arange(8)).tolist()
-        assert drawn == [int(alone(scores[row : row + 1].clone(), torch.tensor([row]))) for row in range(8)]
-    p, ids = sample.kept(scores)
+        drawn = together(Scores(scores), torch.arange(8)).tolist()
+        assert drawn == [int(alone(Scores(scores[row : row + 1].clone()), torch.tensor([row]))) for row in range(8)]
+    p, ids = sample.kept(Scores(scores))
     for row in range(8):
-        one, their = (x[0] for x in sample.kept(scores[row : row + 1].clone()))
+        one, their = (x[0] for x in sample.kept(Scores(scores[row : row + 1].clone())))
         assert torch.equal(p[row, : len(one)], one) and not p[row, len(one) :].any()
         assert torch.equal(ids[row, : len(one)][one > 0], their[one > 0])
 
@@ -108,7 +109,7 @@ def test_frequencies_are_probabilities_over_a_large_vocabulary(options):
     order = torch.randperm(V, generator=torch.Generator().manual_seed(2))
     group = torch.zeros(V, dtype=torch.long).scatter(0, order, (share[order].cumsum(0) * 39.999).long())
     choose = sample.chooser(range(N // 100))
-    drawn = torch.cat([choose(scores.expand(N // 100, -1), torch.arange(N // 100)) for _ in range(100)])
+    drawn = torch.cat([choose(Scores(scores.expand(N // 100, -1)), torch.arange(N // 100)) for _ in range(100)])
     assert (share[drawn] > 0).all()
     counts = group[drawn].bincount(minlength=40)
     expected = torch.zeros(40, dtype=torch.float64).scatter_add(0, group, share) * N
@@ -123,10 +124,10 @@ def test_the_cut_may_lie_anywhere():
         scores = torch.full((1, 9001), -math.inf)
         scores[0, torch.randperm(9001, generator=torch.Generator().manual_seed(m))[:m]] = 2.0
         for p in (0.25, 0.5, 0.9):
-            kept, ids = Sample(top_p=p).kept(scores)
+            kept, ids = Sample(top_p=p).kept(Scores(scores))
             count = int((kept > 0).sum())
             assert abs(count - math.ceil(p * m)) <= 1 and (scores[0, ids[0, :count]] == 2.0).all()
-        assert int((Sample(min_p=0.5).kept(scores)[0] > 0).sum()) == m
+        assert int((Sample(min_p=0.5).kept(Scores(scores))[0] > 0).sum()) == m
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.02}], ids=str)
@@ -137,5 +138,5 @@ def test_what_is_forbidden_is_never_drawn(options):
     scores[0, V - 1], scores[1, 7] = -300.0, 1e4
     choose = Sample(**options).chooser(range(3))
     for _ in range(20):
-        last, seventh, some = choose(scores, torch.arange(3)).tolist()
+        last, seventh, some = choose(Scores(scores), torch.arange(3)).tolist()
         assert (last, seventh) == (V - 1, 7) and 0 <= some < V

@@ -31,6 +31,7 @@ from qkv.errors import QkvError
 from qkv.models import Module
 from qkv.models.model import Model
 from qkv.native import fast
+from qkv.ops.sample import Scores
 from qkv.parts import Tokens
 from qkv.state import State
 from tests.contracts.specs import ROOM, VOCAB, decoder, decoders, pairs, rough
@@ -97,13 +98,13 @@ def test_greedy_ids_are_those_of_a_plain_stream(name, kind):
     prompt = [1] if name in PAIRS else ids(9)
     plain = Session(made, memory=memory(made))
     answer = list(stream(made, prompt, Greedy(), limit=SHORT, session=plain))
-    seen = plain.feed([*prompt, *answer[:-1], 1])
+    seen = plain.feed([*prompt, *answer[:-1], 1]).x
     draft = near(name, kind)
     for proposer in (Knowing(answer, ahead=4), Draft(draft, memory=memory(draft))):
         session = Session(made, memory=memory(made))
         assert list(speculate(made, prompt, Greedy(), proposer, limit=SHORT, session=session)) == answer
         assert proposer.tokens == SHORT and 0 <= proposer.accepted <= proposer.proposed
-        found = session.feed([*prompt, *answer[:-1], 1])
+        found = session.feed([*prompt, *answer[:-1], 1]).x
         if made.programs:
             assert torch.equal(found, seen)
         else:
@@ -235,9 +236,9 @@ def test_a_session_goes_back_no_further_than_it_must(monkeypatch):
     session.feed([*text[:10], 3])
     assert fed == [10, 3, 2, 10, 11]
     fed.clear()
-    scores = session.feed([*text[:10], 3, 4, 5, 6], trial=2)
+    scores = session.feed([*text[:10], 3, 4, 5, 6], trial=2).x
     assert fed == [3] and scores.shape == (3, VOCAB)
-    torch.testing.assert_close(scores[1:2], Session(made).feed([*text[:10], 3, 4, 5]))
+    torch.testing.assert_close(scores[1:2], Session(made).feed([*text[:10], 3, 4, 5]).x)
 
 
 # --- distributions ---
@@ -331,7 +332,7 @@ def test_the_distribution_is_the_models_own_whoever_proposes(proposer):
 
 @pytest.mark.parametrize("wrong, draft", [("all stand", NEAR), ("drawn from p", SURE), ("no ratio", NEAR)])
 def test_a_wrong_rule_is_found_out(wrong, draft, monkeypatch):
-    def judge(self: Choice, scores: Tensor, proposal: Proposal | None) -> int:
+    def judge(self: Choice, scores: Scores, proposal: Proposal | None) -> int:
         if proposal is None or proposal.q is None:
             return int(self.choose(scores, torch.zeros(1, dtype=torch.long)))
         p, q, token = self.probabilities(scores), proposal.q, proposal.token
@@ -348,7 +349,7 @@ def test_a_wrong_rule_is_found_out(wrong, draft, monkeypatch):
 def test_what_is_kept_is_the_overlap(options):
     """A proposal stands with probability Σ min(p, q), and the token that comes of it is distributed as p."""
     search, N = Sample(**options), 1500
-    z, w = (2 * torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    z, w = (Scores(2 * torch.randn(1, V, generator=torch.Generator().manual_seed(seed))) for seed in (3, 4))
     choice, counts, stood = Choice(search, 0), torch.zeros(V), 0
     p, q = choice.probabilities(z), choice.probabilities(w)
     for _ in range(N):
@@ -362,7 +363,7 @@ def test_what_is_kept_is_the_overlap(options):
 
 
 def test_p_and_q_that_differ_by_rounding_never_give_what_is_forbidden():
-    scores = torch.tensor([[0.0, 1.0, -float("inf")]])
+    scores = Scores(torch.tensor([[0.0, 1.0, -float("inf")]]))
     choice = Choice(Sample(), 0)
     q = choice.probabilities(scores) * (1 + 1e-6)
     monkey = iter([0.9999999, 0.5] * 100)

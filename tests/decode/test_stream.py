@@ -74,7 +74,7 @@ def test_a_session_gives_what_a_fresh_run_gives(kind):
         [*ids(8, 2), 1],
     ]
     for text in texts:
-        found = session.feed(text, min(len(text) + 2, ROOM))
+        found = session.feed(text, min(len(text) + 2, ROOM)).x
         assert found.shape == (1, VOCAB) and found.dtype == torch.float32
         assert float((found[0] - fresh(model, text)).abs().max()) < 1e-5, text
 
@@ -124,7 +124,7 @@ def test_more_begins_anew_where_there_is_no_room():
     session = Session(model)
     session.feed(text[:3])
     for n in range(3, 20, 2):
-        found = session.more(text[n : n + 2])
+        found = session.more(text[n : n + 2]).x
         assert float((found[0] - fresh(model, text[: n + 2])).abs().max()) < 1e-5
     assert session.ids == text and session.state.room == 24
 
@@ -138,7 +138,7 @@ def test_room_is_doubled_and_bounded_by_the_positions():
     assert sorted({b for a, b in pairwise([0, *rooms]) if a != b}) == [1, 2, 4, 8, 16, 32, 40]
     with pytest.raises(QkvError, match="room for 41 tokens was asked for; the model has 40 positions"):
         session.feed(ids(ROOM + 1))
-    assert float((session.feed(ids(7))[0] - fresh(model, ids(7))).abs().max()) < 1e-5  # the session goes on
+    assert float((session.feed(ids(7)).x[0] - fresh(model, ids(7))).abs().max()) < 1e-5  # the session goes on
     reserved = Session(model, 1000)
     reserved.feed([1])
     assert reserved.state.room == ROOM
@@ -167,7 +167,7 @@ def test_a_step_that_fails_leaves_a_session_that_goes_on():
         session.feed([*base[:5], 1, 2])
     model.stack.forward = inner
     for text in (base, [*base[:5], 1, 2]):
-        assert float((session.feed(text)[0] - fresh(model, text)).abs().max()) < 1e-5
+        assert float((session.feed(text).x[0] - fresh(model, text)).abs().max()) < 1e-5
 
 
 def test_nothing_cannot_be_continued():

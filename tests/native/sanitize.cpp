@@ -336,10 +336,30 @@ bool packed() {
   return qkv_store(99) == -1;
 }
 
+// Rows of scores.
+bool looked() {
+  for (int64_t width : {1, 63, 64, 70, 513, 1040}) {
+    constexpr int64_t rows = 3;
+    const float *x = floats(rows * width), *m = floats(rows, 1);
+    std::vector<float> maxima[2], sums[2];
+    for (int threads : {1, 2}) {
+      Engine engine(threads);
+      auto &most = maxima[threads - 1], &sum = sums[threads - 1];
+      most.resize(rows * ((width + 63) / 64)), sum.resize(rows * ((width + 511) / 512));
+      qkv_maxima(&engine, x, rows, width, 64, most.data());
+      qkv_sums(&engine, x, rows, width, 512, m, 0.7f, sum.data());
+    }
+    if (maxima[0] == maxima[1] && sums[0] == sums[1]) continue;
+    printf("scores of %d differ between one thread and two\n", (int)width);
+    return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
-  if (!packed()) return 1;
+  if (!packed() || !looked()) return 1;
   const std::vector<std::vector<std::vector<int>>> ways = {{{1, 71, 5}}, {{1, 1, 3}, {0, 61, 0}, {0, 1, 0}, {1, 8, 2}}};
   for (int store : {0, 1, 2, 3, 4, 5, 6, 7})
     if (!same({store, 96, 4, 2, 24, 64, 32, store % 2 == 0}, 80, ways)) return 1;

@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkv.ops.sample import blocked, naive
-from qkv.ops.sample.blocked import Weights
+from qkv.native.library import Engine
+from qkv.ops.sample import Scores, naive
+from qkv.ops.sample.scores import MAX, SUM, InTorch, Kernels
 
 SIZES = [1, 2, 63, 64, 65, 511, 512, 513, 5000, 9000, 33001]
 BELOW = 1 - 2**-24
-forms = pytest.mark.parametrize("form", [naive, blocked])
-draws = pytest.mark.parametrize("draw", [naive.draw, blocked.draw, lambda w, u: Weights(w.log(), 1.0).draw(u)])
+draws = pytest.mark.parametrize("draw", [naive.draw, lambda w, u: Scores(w.log()).draw(u)])
 sizes = pytest.mark.parametrize("V", SIZES)
+
+
+@pytest.fixture(params=["torch", "1 thread", "2 threads"])
+def kernels(request) -> Kernels:
+    """What looks at whole rows."""
+    return InTorch() if request.param == "torch" else Engine(int(request.param[0]))
 
 
 def rows(V: int, B: int = 3) -> Tensor:
@@ -22,12 +28,24 @@ def rows(V: int, B: int = 3) -> Tensor:
     return torch.randn(B, V, generator=generator) * 4.0 ** torch.arange(-1, B - 1)[:, None]
 
 
-@forms
 @sizes
-def test_argmax_is_the_first_of_the_largest(form, V):
+@pytest.mark.parametrize("T", [0.3, 1.0])
+def test_kernels_look_at_each_block(kernels, V, T):
+    x = rows(V)
+    if V > 1:
+        x[0, V // 3] = x[1, : V // 2] = -math.inf
+    m, wide = x.amax(-1, keepdim=True), torch.nn.functional.pad(x, (0, -V % SUM), value=-math.inf)
+    assert torch.equal(kernels.maxima(x), wide.unflatten(1, (-1, MAX)).amax(-1)[:, : -(-V // MAX)])
+    expected = ((wide.double() - m) / T).exp().unflatten(1, (-1, SUM)).sum(-1)
+    torch.testing.assert_close(kernels.sums(x, m, T).double(), expected, rtol=1e-5, atol=1e-30)
+
+
+@sizes
+def test_argmax_is_the_first_of_the_largest(kernels, V):
     x = rows(V)
     x[1] = x[1].round()  # many are equal
-    assert form.argmax(x).tolist() == [row.index(max(row)) for row in x.tolist()]
+    expected = [row.index(max(row)) for row in x.tolist()]
+    assert naive.argmax(x).tolist() == expected and Scores(x, kernels).argmax().tolist() == expected
 
 
 @sizes
@@ -35,7 +53,7 @@ def test_argmax_is_the_first_of_the_largest(form, V):
 def test_the_largest_are_those_of_a_sort(V, k):
     x = rows(V)
     k = min(k, V)
-    values, ids = blocked.largest(x, k)
+    values, ids = Scores(x).largest(k)
     assert torch.equal(values, x.sort(-1, descending=True).values[:, :k])
     assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == k for row in ids.tolist())
 
@@ -45,7 +63,7 @@ def test_of_equal_ones_so_many_are_largest(k):
     x = torch.zeros(2, 9001)
     x[1, ::5] = 1.0
     x[1, -1] = 2.0
-    values, ids = blocked.largest(x, k)
+    values, ids = Scores(x).largest(k)
     assert torch.equal(values, x.sort(-1, descending=True).values[:, :k])
     assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == k for row in ids.tolist())
 
@@ -53,14 +71,14 @@ def test_of_equal_ones_so_many_are_largest(k):
 def test_what_is_forbidden_is_largest_last():
     x = torch.full((1, 9001), -math.inf)
     x[0, [3, 9000, 4500]] = torch.tensor([1.0, 2.0, 3.0])
-    values, ids = blocked.largest(x, 5)
+    values, ids = Scores(x).largest(5)
     assert ids[0, :3].tolist() == [4500, 9000, 3] and values[0, 3:].tolist() == [-math.inf] * 2
     assert ids.max() < 9001
 
 
 @sizes
 @pytest.mark.parametrize("T", [0.3, 1.0, 2.5])
-def test_weights_and_their_mass(V, T):
+def test_weights_and_their_mass(kernels, V, T):
     x = rows(V)
     x[0, V // 2] = -math.inf
     if V == 1:
@@ -69,20 +87,24 @@ def test_weights_and_their_mass(V, T):
     expected = ((x.double() - m) / T).exp()
     w = naive.weights(x, m, T)
     torch.testing.assert_close(w.double(), expected, rtol=1e-5, atol=1e-30)
-    for mass in (naive.mass(w), Weights(x, T).mass):
+    for mass in (naive.mass(w), Scores(x, kernels).mass(T)):
         torch.testing.assert_close(mass.double(), expected.sum(-1, keepdim=True), rtol=1e-6, atol=0)
 
 
 @sizes
-def test_log_p_is_that_of_fp64(V):
+def test_log_p_is_that_of_fp64(kernels, V):
     x = rows(V, 20 if V > 5000 else 3).clamp(min=-60)
     ids = torch.randint(V, (len(x),), generator=torch.Generator().manual_seed(V))
     x[0, ids[0] - 1] = x[1, ids[1]] = -math.inf
     if V == 1:
         x, ids = x[2:], ids[2:]
-    expected = x.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    for found in (naive.log_p(x, ids), blocked.log_p(x, ids), Weights(x, 1.0).log_p(ids)):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    scores, ids = Scores(x, kernels), ids[:, None]
+    expected = x.double().log_softmax(-1)
+    torch.testing.assert_close(scores.log_p().double(), expected, rtol=1e-6, atol=1e-6)
+    for found in (naive.log_p(x, ids[:, 0])[:, None], scores.log_p_of(ids)):
+        torch.testing.assert_close(found.double(), expected.gather(1, ids), rtol=1e-6, atol=1e-6)
+    expected = (x.double() / 0.7).log_softmax(-1).gather(1, ids)
+    torch.testing.assert_close(scores.log_p_of(ids, T=0.7).double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @draws
@@ -100,11 +122,11 @@ def test_a_draw_inverts_the_distribution(draw, V):
 
 
 @sizes
-def test_a_draw_at_a_temperature_is_one_from_its_weights(V):
+def test_a_draw_at_a_temperature_is_one_from_its_weights(kernels, V):
     x, u = rows(V, 4), torch.tensor([0.0, 0.2, 0.6, BELOW])
     for T in (0.5, 1.0, 3.0):
         w = naive.weights(x, x.amax(-1, keepdim=True), T).double()
-        reached, drawn = (w.cumsum(-1) / w.sum(-1, keepdim=True)), Weights(x, T).draw(u)[:, None]
+        reached, drawn = (w.cumsum(-1) / w.sum(-1, keepdim=True)), Scores(x, kernels).draw(u, T)[:, None]
         after, share = reached.gather(1, drawn)[:, 0], (w / w.sum(-1, keepdim=True)).gather(1, drawn)[:, 0]
         assert ((after - share - 1e-5 <= u) & (u <= after + 1e-5)).all()
 
@@ -130,26 +152,53 @@ def test_what_is_no_number_gives_some_place(draw):
     assert 0 <= int(draw(torch.full((1, 700), math.nan), torch.tensor([0.5]))) < 700
 
 
-@forms
-def test_where_all_is_forbidden_some_place_is_largest(form):
-    assert 0 <= int(form.argmax(torch.full((1, 700), -math.inf))) < 700
+def test_where_all_is_forbidden_some_place_is_largest(kernels):
+    scores = Scores(torch.full((1, 700), -math.inf), kernels)
+    assert 0 <= int(scores.argmax()) < 700 and 0 <= int(scores.draw(torch.tensor([0.5]))) < 700
+
+
+def test_parts_know_what_all_know(kernels):
+    x, asked = rows(5000, 6), []
+    scores = Scores(x, kernels)
+    sums = scores.sums(0.7)
+    parts = scores.split([1, 3, 2])
+    for part in parts:
+        part.kernels = Asked(asked)
+    assert torch.equal(torch.cat([part.x for part in parts]), x)
+    assert torch.equal(torch.cat([part.sums(0.7) for part in parts]), sums)
+    assert torch.equal(torch.cat([part.argmax() for part in parts]), x.argmax(-1)) and not asked
+    assert parts[0].changed(parts[0].x) is parts[0]
+    parts[1].sums(1.0)
+    assert asked == [(3, 1.0)]
+
+
+class Asked(InTorch):
+    """Kernels that write down what they are asked for."""
+
+    def __init__(self, asked: list) -> None:
+        self.asked = asked
+
+    def maxima(self, x: Tensor) -> Tensor:
+        raise AssertionError
+
+    def sums(self, x: Tensor, m: Tensor, T: float) -> Tensor:
+        self.asked.append((len(x), T))
+        return super().sums(x, m, T)
 
 
 @pytest.mark.parametrize("V", [65, 5001, 70001])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_the_same_to_the_bit_beside_others(V, threads):
+def test_a_row_is_the_same_to_the_bit_beside_others(kernels, V, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x = rows(V, 5) / 30
-        u = torch.rand(5)
+        x, u = rows(V, 5) / 30, torch.rand(5)
 
         def found(x: Tensor, u: Tensor) -> list[Tensor]:
-            m = x.amax(-1, keepdim=True)
-            w, ours = naive.weights(x, m, 0.7), Weights(x, 0.7)
-            alike = [one for form in (naive, blocked) for one in (form.argmax(x), *form.largest(x, 9), form.draw(w, u))]
-            log_p = [*(form.log_p(x, alike[0]) for form in (naive, blocked)), ours.log_p(alike[0])]
-            return [*alike, *log_p, naive.mass(w), ours.sums, ours.mass, ours.draw(u)]
+            w, scores = naive.weights(x, x.amax(-1, keepdim=True), 0.7), Scores(x, kernels)
+            choices = [naive.argmax(x), scores.argmax(), naive.draw(w, u), scores.draw(u), scores.draw(u, 0.7)]
+            log_p = [naive.log_p(x, choices[0]), scores.log_p(), scores.log_p_of(choices[-1][:, None], 0.7)]
+            return [*choices, *log_p, *naive.largest(x, 9), *scores.largest(9), naive.mass(w), scores.sums(0.7)]
 
         together = found(x, u)
         for n in range(5):

@@ -9,7 +9,7 @@ from torch import Tensor
 from qkv.decode.rules import NEVER, Past
 from qkv.decode.search import Hypothesis, Move, Search, Steps
 from qkv.errors import QkvError
-from qkv.ops.sample import blocked
+from qkv.ops.sample import Scores
 from qkv.spec import part
 
 
@@ -38,9 +38,9 @@ class Beam(Search):
         return self.size
 
     def run(
-        self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+        self, logits: Scores, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
     ) -> Steps:
-        k, device = self.size, logits.device
+        k, device = self.size, logits.x.device
         wide = k * (1 + max(1, len(ends)))  # of so many extensions k do not end
         beams = [_Row(limit, self) for limit in limits]
         live = list(beams)
@@ -62,17 +62,17 @@ class Beam(Search):
             live = [live[n] for n, _ in going]
 
 
-def extensions(logits: Tensor, past: Past, total: Tensor, wide: int) -> tuple[Tensor, Tensor, Tensor]:
+def extensions(logits: Scores, past: Past, total: Tensor, wide: int) -> tuple[Tensor, Tensor, Tensor]:
     """The likeliest extensions of each row: their Σ log p, best first, the paths they extend, and by which tokens.
 
     `total` (B k) is Σ log p of the paths whose scores `logits` (B·k V) are; of each only the `wide` likeliest tokens
     may be among the row's. Without rules log p is made for these alone.
     """
     if past.rules:
-        log_p, ids = blocked.largest(past.ruled(logits.log_softmax(-1)), min(wide, logits.shape[1]))
+        log_p, ids = past.ruled(logits.changed(logits.log_p())).largest(min(wide, logits.x.shape[1]))
     else:
-        z, ids = blocked.largest(logits, min(wide, logits.shape[1]))
-        log_p = z - z[:, :1] + blocked.log_p(logits, ids[:, 0])[:, None]
+        _, ids = logits.largest(min(wide, logits.x.shape[1]))
+        log_p = logits.log_p_of(ids)
     scores = (total.view(-1, 1) + log_p).view(len(total), -1)
     best, at = scores.topk(min(wide, scores.shape[1]), 1)
     return best, at // log_p.shape[1], ids.view(len(total), -1).gather(1, at)

@@ -12,6 +12,7 @@ from qkv.decode.search import Search
 from qkv.decode.stream import shared
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Memory, Module
+from qkv.ops.sample import Scores
 from qkv.state import State
 
 
@@ -147,11 +148,12 @@ class Batcher:
         if self.state is None:
             return
         tokens = torch.cat([job.tokens for job in self.running]).to(self.model.device)
-        logits = self.model.logits(self.model.hidden(tokens[:, None], state=self.state)[:, 0]).float()
+        scores = self.model.choices(self.model.hidden(tokens[:, None], state=self.state)[:, 0])
+        scores.sums(1.0)  # of all rows together: every search asks for log p
         at = 0
-        for job in self.running:
+        for job, own in zip(self.running, scores.split([job.rows for job in self.running]), strict=True):
             job.read += 1
-            job.choose(logits[at : at + job.rows])
+            job.choose(own)
             if job.request.hypotheses and job.follows:
                 self.keep(job, self.state.fork(torch.tensor([at]), job.read))
             at += job.rows
@@ -199,8 +201,8 @@ class Batcher:
             job.state = state.fork(torch.tensor([n]), job.need) if len(group) > 1 else state
         ready = [n for n, job in enumerate(group) if job.read == len(job.ids)]
         if ready:
-            logits = self.model.logits(x[ready, lengths[ready] - 1]).float()
-            for n, scores in zip(ready, logits.split(1), strict=True):
+            found = self.model.choices(x[ready, lengths[ready] - 1])
+            for n, scores in zip(ready, found.split([1] * len(ready)), strict=True):
                 self.begin(group[n], scores)
         self.trim()
 
@@ -242,13 +244,13 @@ class Batcher:
         same = shared(old, new)
         return same if same == len(old) else same - self.empty.rewind(self.beginning, same)
 
-    def begin(self, job: Job, logits: Tensor) -> None:
+    def begin(self, job: Job, scores: Scores) -> None:
         """A prompt has been read: from now on its rows stand with the others."""
         state, job.state = job.state, None
         assert state is not None
         self.keep(job, state.fork(room=job.read))
         self.reading.remove(job)
-        job.choose(logits)
+        job.choose(scores)
         if job.request.done:
             return
         room = max(one.need for one in (*self.running, job))

@@ -9,19 +9,15 @@ from torch import Tensor
 
 from qkv.decode.rules import NEVER, Past
 from qkv.decode.search import Hypothesis, Move, Search, Steps
-from qkv.ops.sample import blocked
-from qkv.ops.sample.blocked import Weights
+from qkv.ops.sample import Scores
 from qkv.spec import part
 
 
 class Choose(Protocol):
     """How a search chooses among the scores of what comes next."""
 
-    def __call__(self, scores: Tensor, rows: Tensor, weights: Weights | None = None) -> Tensor:
-        """Scores z: B V, numbers of the rows: B → ids B; a shift of all scores changes nothing.
-
-        `weights` are e^{z − max z}, where they are known.
-        """
+    def __call__(self, scores: Scores, rows: Tensor) -> Tensor:
+        """Scores (B V), numbers of the rows (B) → ids B; a shift of all scores of a row changes nothing."""
 
 
 class OneByOne(Search):
@@ -32,17 +28,16 @@ class OneByOne(Search):
         """A function that chooses for rows with these seeds."""
 
     def run(
-        self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+        self, logits: Scores, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
     ) -> Steps:
         choose, alive = self.chooser(seeds), torch.arange(len(limits))
         ids: list[list[int]] = [[] for _ in limits]
         log_p, ended = [0.0] * len(limits), [False] * len(limits)
         while True:
             scores = past.ruled(logits)
-            weights = Weights(logits, T=1.0)
-            chosen = choose(scores, alive, weights if scores is logits else None)
-            gained = weights.log_p(chosen) if weights.summed else blocked.log_p(logits, chosen)
-            score = scores.gather(1, chosen[:, None])[:, 0]
+            chosen = choose(scores, alive)
+            gained = logits.log_p_of(chosen[:, None])[:, 0]
+            score = scores.x.gather(1, chosen[:, None])[:, 0]
             on = []
             each = zip(alive.tolist(), chosen.tolist(), gained.tolist(), score.tolist(), strict=True)
             for n, (row, token, gain, left) in enumerate(each):
@@ -70,4 +65,4 @@ class Greedy(OneByOne):
     """The likeliest token, each time."""
 
     def chooser(self, seeds: Sequence[int]) -> Choose:
-        return lambda scores, rows, weights=None: blocked.argmax(scores)
+        return lambda scores, rows: scores.argmax()

@@ -12,6 +12,7 @@ from qkv.decode.greedy import OneByOne
 from qkv.decode.rules import Past
 from qkv.decode.search import Hypothesis, Search, Steps
 from qkv.errors import QkvError
+from qkv.ops.sample import Scores
 from qkv.state import State
 
 
@@ -103,11 +104,11 @@ class Job:
         """Whether its text is settled token by token."""
         return isinstance(self.search, OneByOne)
 
-    def choose(self, logits: Tensor) -> None:
+    def choose(self, logits: Scores) -> None:
         """Let the search go on; what it raises is its own request's."""
         try:
             if self.steps is None:
-                past = Past(self.search.rules, [self.ids], [self.limit], self.ends, logits.device)
+                past = Past(self.search.rules, [self.ids], [self.limit], self.ends, logits.x.device)
                 self.steps = self.search.run(logits, past, [self.limit], self.ends, [self.seed])
                 move = next(self.steps)
             else:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.errors import QkvError
+from qkv.ops.sample import Scores
 from qkv.spec import Spec, part
 
 NEVER = float("-inf")
@@ -40,11 +41,12 @@ class Past:
             self.limits = torch.tensor(limits, device=device)
             self.ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
 
-    def ruled(self, scores: Tensor) -> Tensor:
+    def ruled(self, scores: Scores) -> Scores:
         """The scores (B V) after all rules, one by one."""
+        x = scores.x
         for rule in self.rules:
-            scores = rule(scores, self)
-        return scores
+            x = rule(x, self)
+        return scores.changed(x)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""

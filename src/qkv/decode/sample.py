@@ -9,8 +9,7 @@ from torch import Tensor
 
 from qkv.decode.greedy import Choose, OneByOne
 from qkv.errors import QkvError
-from qkv.ops.sample import blocked, naive
-from qkv.ops.sample.blocked import Weights
+from qkv.ops.sample import Scores, naive
 from qkv.spec import part
 
 FEW = 64
@@ -45,13 +44,11 @@ class Sample(OneByOne):
     def chooser(self, seeds: Sequence[int]) -> Choose:
         generators = [torch.Generator().manual_seed(self.mixed(seed)) for seed in seeds]
 
-        def choose(scores: Tensor, rows: Tensor, weights: Weights | None = None) -> Tensor:
-            u = torch.cat([torch.rand(1, generator=generators[row]) for row in rows.tolist()]).to(scores.device)
-            if weights is None or self.temperature != 1:
-                weights = Weights(scores, self.temperature)
+        def choose(scores: Scores, rows: Tensor) -> Tensor:
+            u = torch.cat([torch.rand(1, generator=generators[row]) for row in rows.tolist()]).to(scores.x.device)
             if self.all:
-                return weights.draw(u)
-            p, ids = self.kept(scores, weights)
+                return scores.draw(u, self.temperature)
+            p, ids = self.kept(scores)
             return ids.gather(1, naive.draw(p, u)[:, None])[:, 0]
 
         return choose
@@ -69,27 +66,25 @@ class Sample(OneByOne):
         """Whether nothing is cut."""
         return self.top_k is None and not self.nucleus and not self.min_p
 
-    def kept(self, scores: Tensor, weights: Weights | None = None) -> tuple[Tensor, Tensor]:
-        """Scores z: B V → the probabilities that remain (not normalised) and their ids, likeliest first.
-
-        `weights` are e^{(z − max z) / temperature}, if others look at them too.
-        """
-        V = scores.shape[1]
+    def kept(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Scores z: B V → the probabilities that remain (not normalised) and their ids, likeliest first."""
+        V = scores.x.shape[1]
         if self.top_k is None:
-            mass = (weights or Weights(scores, self.temperature)).mass if self.nucleus else None
+            mass = scores.mass(self.temperature) if self.nucleus else None
             return self.searched(scores, V if self.all else min(FEW, V), mass)
-        z, ids = blocked.largest(scores, min(self.top_k, V))
+        z, ids = scores.largest(min(self.top_k, V))
         return self.cut(z), ids
 
-    def searched(self, scores: Tensor, k: int, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+    def searched(self, scores: Scores, k: int, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is kept among the k likeliest of each row, and among more where none of these is cut."""
-        V = scores.shape[1]
-        z, ids = blocked.largest(scores, k)
+        V = scores.x.shape[1]
+        z, ids = scores.largest(k)
         p = self.cut(z, mass)
         more = (p[:, -1] > 0).nonzero()[:, 0]
         if k == V or not len(more):
             return p, ids
-        wider, their = self.searched(scores[more], min(WIDER * k, V), None if mass is None else mass[more])
+        some = scores.changed(scores.x[more])
+        wider, their = self.searched(some, min(WIDER * k, V), None if mass is None else mass[more])
         p, ids = (F.pad(x, (0, wider.shape[1] - k)) for x in (p, ids))
         return p.index_copy(0, more, wider), ids.index_copy(0, more, their)
 

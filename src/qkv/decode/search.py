@@ -10,6 +10,7 @@ from torch import Tensor
 from qkv.decode.rules import Past, Rule
 from qkv.errors import QkvError
 from qkv.models import Memory, Module
+from qkv.ops.sample import Scores
 from qkv.spec import Spec
 
 
@@ -37,12 +38,12 @@ class Move:
     """B."""
 
 
-Steps: TypeAlias = Generator[Move, Tensor, list[list[Hypothesis]]]
+Steps: TypeAlias = Generator[Move, Scores, list[list[Hypothesis]]]
 """A search at work: it gives moves, is sent the scores of what comes next (B V), and returns each text's hypotheses."""
 
 
 class Rows:
-    """A batch of rows that have been fed to a model, with the scores of what comes next (`logits`, B V in fp32)."""
+    """A batch of rows that have been fed to a model, with the scores of what comes next (B V)."""
 
     def __init__(
         self, model: Module, prompts: Sequence[Sequence[int]], memory: Memory | None, limits: Sequence[int],
@@ -61,7 +62,7 @@ class Rows:
             self.state = model.new_state(len(prompts), room, **memory)
         equal = bool((lengths == longest).all())
         x = model.hidden(ids, state=self.state, lengths=None if equal else lengths.to(model.device))
-        self.logits = model.logits(x[torch.arange(len(x)), lengths - 1]).float()
+        self.scores = model.choices(x[torch.arange(len(x)), lengths - 1])
 
     def follow(self, steps: Steps) -> list[list[Hypothesis]]:
         """Feed what a search asks for → what it finds."""
@@ -71,14 +72,14 @@ class Rows:
                 if move.parents is not None:
                     self.state.select(move.parents)
                 self.feed(move.tokens)
-                move = steps.send(self.logits)
+                move = steps.send(self.scores)
         except StopIteration as end:
             found: list[list[Hypothesis]] = end.value
             return found
 
     def feed(self, ids: Tensor) -> None:
         """One more token for each row (B)."""
-        self.logits = self.model.logits(self.model.hidden(ids[:, None], state=self.state)[:, 0]).float()
+        self.scores = self.model.choices(self.model.hidden(ids[:, None], state=self.state)[:, 0])
 
 
 @dc.dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -97,7 +98,7 @@ class Search(Spec):
         return 1
 
     def run(
-        self, logits: Tensor, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
+        self, logits: Scores, past: Past, limits: Sequence[int], ends: Collection[int], seeds: Sequence[int]
     ) -> Steps:
         """From the scores of what follows each prompt (B V) to the best hypotheses of each text, best first.
 
@@ -130,6 +131,6 @@ def decode(
         ends = () if end is None else (end,) if isinstance(end, int) else frozenset(end)
         rows = Rows(model, prompts, memory, limits, search.rules, ends)
         seeds = seeds if seeds is not None else range(len(prompts))
-        return rows.follow(search.run(rows.logits, rows.past, limits, ends, seeds))
+        return rows.follow(search.run(rows.scores, rows.past, limits, ends, seeds))
     finally:
         model.train(training)

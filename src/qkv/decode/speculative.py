@@ -23,7 +23,7 @@ from qkv.decode.sample import Sample
 from qkv.decode.stream import Session
 from qkv.errors import QkvError
 from qkv.models import Memory, Module
-from qkv.ops.sample import blocked
+from qkv.ops.sample import Scores
 
 ROW = torch.zeros(1, dtype=torch.long)
 
@@ -46,16 +46,16 @@ class Choice:
         if self.sample is not None:  # rows are counted from 0 on, so that this number is no row's
             self.generator = torch.Generator().manual_seed(self.sample.mixed(-1 - seed))
 
-    def propose(self, scores: Tensor) -> Proposal | None:
+    def propose(self, scores: Scores) -> Proposal | None:
         """What a draft with these scores (1 V) proposes; None where rules leave no token."""
         if self.sample is None:
             token, q = int(self.choose(scores, ROW)), None
         else:
             q = self.probabilities(scores)
             token = self.draw(q)
-        return None if scores[0, token] == NEVER else Proposal(token, q)
+        return None if scores.x[0, token] == NEVER else Proposal(token, q)
 
-    def judge(self, scores: Tensor, proposal: Proposal | None) -> int:
+    def judge(self, scores: Scores, proposal: Proposal | None) -> int:
         """The next token, by the model's scores (1 V): the proposed one, if it stands."""
         if proposal is None or proposal.q is None:
             return int(self.choose(scores, ROW))
@@ -65,16 +65,16 @@ class Choice:
         rest = (p - q).clamp(min=0)
         return self.draw(rest if bool(rest.any()) else p)  # p = q but for rounding
 
-    def probabilities(self, scores: Tensor) -> Tensor:
+    def probabilities(self, scores: Scores) -> Tensor:
         """1 V → V: what the search draws from, after its temperature and cuts."""
         assert self.sample is not None
         if self.sample.all:
-            return (scores[0] / self.sample.temperature).softmax(-1)
+            return scores.log_p(self.sample.temperature)[0].exp()
         p, ids = self.sample.kept(scores)
-        return torch.zeros_like(scores[0]).scatter_(0, ids[0], p[0] / p[0].sum())
+        return torch.zeros_like(scores.x[0]).scatter_(0, ids[0], p[0] / p[0].sum())
 
     def draw(self, weights: Tensor) -> int:
-        return int(blocked.draw(weights[None], torch.tensor([self.uniform()], device=weights.device)))
+        return int(Scores(weights.log()[None]).draw(torch.tensor([self.uniform()], device=weights.device)))
 
     def uniform(self) -> float:
         return float(torch.rand((), generator=self.generator))
@@ -195,12 +195,12 @@ def speculate(
         proposals = proposer.propose(text, room, past, choice)
         found = session.feed([*text, *(one.token for one in proposals)], room, trial=len(proposals))
         before, stood = len(text), 0
-        for scores, proposal in zip(found.split(1), [*proposals, None], strict=True):
+        for scores, proposal in zip(found.split([1] * len(found)), [*proposals, None], strict=True):
             scores = past.ruled(scores)
             token = choice.judge(scores, proposal)
             stands = proposal is not None and token == proposal.token
             stood += stands
-            over = token in ends or float(scores[0, token]) == NEVER
+            over = token in ends or float(scores.x[0, token]) == NEVER
             if not over:
                 text.append(token)
                 past.feed(torch.tensor([token]))

@@ -9,6 +9,7 @@ from qkv.decode.greedy import OneByOne
 from qkv.decode.rules import NEVER, Past
 from qkv.errors import QkvError
 from qkv.models import Memory, Module
+from qkv.ops.sample import Scores
 from qkv.state.state import Mark
 
 
@@ -25,8 +26,8 @@ class Session:
         self.marked: tuple[int, Mark]
 
     @torch.inference_mode()
-    def feed(self, ids: Sequence[int], room: int = 0, trial: int = 0) -> Tensor:
-        """The text is now `ids`, and may grow to `room` tokens → scores of the next token, 1 V in fp32.
+    def feed(self, ids: Sequence[int], room: int = 0, trial: int = 0) -> Scores:
+        """The text is now `ids`, and may grow to `room` tokens → scores of the next token, 1 V.
 
         The last `trial` of them are on trial: the next text may well leave them out. Scores are then those of what
         follows the token before them and each of them, 1 + trial V.
@@ -47,22 +48,26 @@ class Session:
         if sure - same <= trial:
             self.mark()
             return self.more(ids[same:], 1 + trial)
-        scores = self.more(ids[same:sure])
+        x = self.fed(ids[same:sure])[-1:]
         self.mark()
-        return torch.cat((scores, self.more(ids[sure:], trial))) if trial else scores
+        return self.model.choices(torch.cat((x, self.fed(ids[sure:]))) if trial else x)
 
     @torch.inference_mode()
-    def more(self, ids: Sequence[int], last: int = 1) -> Tensor:
-        """The text goes on with `ids` → scores of what follows each of the `last` ones, last V in fp32.
+    def more(self, ids: Sequence[int], last: int = 1) -> Scores:
+        """The text goes on with `ids` → scores of what follows each of the `last` ones, last V.
 
         There is no look at what was fed before.
         """
+        return self.model.choices(self.fed(ids)[-last:])
+
+    def fed(self, ids: Sequence[int]) -> Tensor:
+        """T → their hidden vectors, T C, or those of the whole text, where it outgrew its room."""
         if len(self.ids) + len(ids) > self.room:
             ids = [*self.ids, *ids]
             self.begin(len(ids))
         x = self.model.hidden(torch.tensor([list(ids)], device=self.model.device), state=self.state)
         self.ids += ids
-        return self.model.logits(x[0, -last:]).float()
+        return x[0]
 
     def mark(self) -> None:
         """A later text that begins with this one need not be read again before here."""
@@ -100,7 +105,7 @@ def stream(
         scores = session.more(new) if session.ids is text else session.feed([*text, *new], room)
         scores, text = past.ruled(scores), session.ids
         token = int(choose(scores, row))
-        if token in ends or scores[0, token] == NEVER:
+        if token in ends or scores.x[0, token] == NEVER:
             return
         yield token
         new = [token]

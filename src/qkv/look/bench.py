@@ -183,7 +183,7 @@ def decoding(model: Module, batch: int) -> Work:
 
     def begin(model: Module) -> Callable[[], object]:
         rows = Rows(model, prompts, None, [tokens + 1] * batch, (), ())
-        return lambda: rows.feed(rows.logits.argmax(-1))
+        return lambda: rows.feed(rows.scores.argmax())
 
     name = "decode" if batch == 1 else f"decode, {batch} texts together"
     return Work(name, "tokens/s", begin, batch, {"text": (1, batch), "head": (1, batch)}, tokens)

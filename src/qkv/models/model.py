@@ -1,6 +1,6 @@
 """What every model has, and the one pass through embedding, stack and norm."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from qkv.context import Context, Recording, Tap, pack, take
 from qkv.errors import QkvError
 from qkv.masks import Mask
+from qkv.ops.sample import Scores
+from qkv.ops.sample.scores import Kernels
 from qkv.parts.embed import TokenEmbedding
 from qkv.parts.head import OutputModule, VocabularyHead
 from qkv.parts.stack import StackModule
@@ -32,6 +34,16 @@ class Program(Protocol):
 
     def new_cells(self, batch: int, room: int, given: Mapping[str, Tensor]) -> list[dict[str, Cell]]:
         """The cells of a state."""
+
+
+class Scorer(Protocol):
+    """Takes the place of a head over a vocabulary."""
+
+    kernels: Kernels
+    """What looks at the scores that it makes."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """… C → … V."""
 
 
 class Wiring(NamedTuple):
@@ -58,7 +70,7 @@ class Module(nn.Module):
         super().__init__()
         self.programs: dict[str, Program] = {}
         """What runs in the place of its passes, by their paths, while it is not trained."""
-        self.scores: Callable[[Tensor], Tensor] | None = None
+        self.scores: Scorer | None = None
         """What runs in the place of its head over a vocabulary."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,6 +128,10 @@ class Module(nn.Module):
         if self.programs and not self.training:  # which give fp32, whatever the head's weights are
             x = x.to(next((weight.dtype for weight in self.head.parameters()), x.dtype))
         return self.head(x, self.wiring.embed.table, valid)
+
+    def choices(self, x: Tensor) -> Scores:
+        """What the head makes of hidden vectors (N C), to choose from: N V, in fp32."""
+        return Scores(self.logits(x).float(), None if self.scores is None else self.scores.kernels)
 
     def loss(self, x: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Σ over N hidden vectors (N C) of their cross-entropy with N labels of the vocabulary."""

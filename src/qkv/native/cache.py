@@ -37,14 +37,11 @@ class Pages:
 
     def hold(self, table: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:
         """One more text holds the first counts[b] pages of each row b of a table."""
-        for row, count in zip(table, counts, strict=True):
-            self.held[row[:count]] += 1
+        np.add.at(self.held, filled(table, counts), 1)
 
     def drop(self, pages: np.ndarray[Any, Any]) -> None:
-        for page in pages.tolist():
-            self.held[page] -= 1
-            if not self.held[page]:
-                self.free.append(page)
+        np.subtract.at(self.held, pages, 1)
+        self.free += np.unique(pages[self.held[pages] == 0]).tolist()
 
     def copy(self, page: int, used: int) -> int:
         """Another page with the same first positions, `used` of them."""
@@ -68,14 +65,22 @@ class Paged:
 
     def reserve(self, starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> None:
         """Room to write positions starts[b] to ends[b] of each text b; a page that others hold is copied first."""
-        for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            for n in range(start // PAGE, -(-end // PAGE)):
+        for row in self.unready(starts, ends).tolist():
+            start = int(starts[row])
+            for n in range(start // PAGE, -(-int(ends[row]) // PAGE)):
                 if n >= self.counts[row]:
                     self.add(row)
                 elif self.pages.held[self.table[row, n]] > 1:
                     shared = self.table[row, n : n + 1].copy()
                     self.table[row, n] = self.pages.copy(int(shared[0]), max(0, start - n * PAGE))
                     self.pages.drop(shared)
+
+    def unready(self, starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The texts that may lack a page of their own: seen at a glance where each writes to one that it holds."""
+        n, rows = starts // PAGE, np.arange(len(starts))
+        if (ends > (n + 1) * PAGE).any() or (n >= self.counts).any():
+            return rows
+        return rows[self.pages.held[self.table[rows, n]] > 1]
 
     def add(self, row: int) -> None:
         if self.counts[row] == self.table.shape[1]:
@@ -93,8 +98,8 @@ class Paged:
     # --- the contract of a cell ---
 
     def tensors(self) -> dict[str, Tensor]:
-        used = {page for row, count in zip(self.table, self.counts, strict=True) for page in row[:count].tolist()}
-        return {f"page {page}": self.pages.memory[page] for page in sorted(used)}
+        used = np.unique(filled(self.table, self.counts)).tolist()
+        return {f"page {page}": self.pages.memory[page] for page in used}
 
     def select(self, rows: Tensor) -> None:
         chosen = rows.cpu().numpy()
@@ -127,12 +132,16 @@ class Paged:
         return 0
 
     def release(self) -> None:
-        for row, count in zip(self.table, self.counts, strict=True):
-            self.pages.drop(row[:count])
+        self.pages.drop(filled(self.table, self.counts))
         self.counts = np.zeros_like(self.counts)
 
     def __del__(self) -> None:
         self.release()
+
+
+def filled(table: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The first counts[b] numbers of each row b, one row after the other."""
+    return table[np.arange(table.shape[1]) < counts[:, None]]
 
 
 class Read:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qkv.native.build import built
+from qkv.ops.sample.scores import MAX, SUM
 
 
 class Kind(IntEnum):
@@ -99,6 +100,9 @@ def library() -> ct.CDLL:
     lib.qkv_program.restype = ct.c_void_p
     lib.qkv_program_free.argtypes, lib.qkv_program_free.restype = [ct.c_void_p], None
     lib.qkv_run.argtypes, lib.qkv_run.restype = [ct.c_void_p, ct.c_void_p, ct.POINTER(Call)], ct.c_int
+    lib.qkv_maxima.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p]
+    lib.qkv_sums.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p, ct.c_float, ct.c_void_p]
+    lib.qkv_maxima.restype = lib.qkv_sums.restype = None
     lib.qkv_tile_bytes.argtypes, lib.qkv_tile_bytes.restype = [ct.c_int, ct.c_int64], ct.c_int64
     lib.qkv_store.argtypes, lib.qkv_store.restype = [ct.c_int], ct.c_int
     lib.qkv_pack.argtypes = [ct.c_int, ct.c_void_p, ct.c_int, ct.c_int, ct.c_void_p, ct.c_int64]
@@ -129,10 +133,28 @@ class Engine:
             torch.set_num_threads(1)
 
     def run(self, program: "Records", call: Call) -> None:
+        if library().qkv_run(self.own(), program.handle, ct.byref(call)):
+            raise MemoryError(f"there is no memory left for {call.rows} rows of a native program")
+
+    def own(self) -> int:
+        """Its address; a child process makes its own."""
         if self.handle is None:
             self.handle = library().qkv_engine(self.threads)
-        if library().qkv_run(self.handle, program.handle, ct.byref(call)):
-            raise MemoryError(f"there is no memory left for {call.rows} rows of a native program")
+        return self.handle
+
+    # --- the kernels that look at scores (`ops.sample`) ---
+
+    def maxima(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = x.new_empty(len(x), -(-x.shape[1] // MAX))
+        library().qkv_maxima(self.own(), x.data_ptr(), *x.shape, MAX, out.data_ptr())
+        return out
+
+    def sums(self, x: Tensor, m: Tensor, T: float) -> Tensor:
+        x, m = x.contiguous(), m.contiguous()
+        out = x.new_empty(len(x), -(-x.shape[1] // SUM))
+        library().qkv_sums(self.own(), x.data_ptr(), *x.shape, SUM, m.data_ptr(), T, out.data_ptr())
+        return out
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "handle") and not ending():

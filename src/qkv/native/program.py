@@ -17,6 +17,7 @@ from qkv.native.cache import Held, Paged, Pages, Read
 from qkv.native.library import INPUT, OUTPUT, Call, Engine, Kind, Records
 from qkv.native.mixers import key_norms
 from qkv.native.tiles import Arena
+from qkv.ops.sample.scores import Kernels
 from qkv.parts.head import VocabularyHead
 from qkv.state import Cell, State
 
@@ -204,6 +205,7 @@ class Logits(Program):
         lower.head(build, head, table)
         super().__init__(engine, build)
         self.reach(1)
+        self.kernels: Kernels = engine
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.detach().float().reshape(-1, x.shape[-1]).contiguous()

@@ -70,12 +70,11 @@ void attend(const Op& op, const Cache& cache, int text, int group, const Query* 
   const int width = op.head_width, wide = padded(width);
   int from = queries[0].from, to = queries[0].to;
   for (int i = 1; i < N; i++) from = std::min(from, queries[i].from), to = std::max(to, queries[i].to);
-  constexpr int SIDE = N >= 8 ? 2 : 4;  // sixteens of keys side by side: they share what is read of the queries
-  const int first = from / LANES / SIDE * SIDE, last = (std::max(to, from) + LANES - 1) / LANES;
+  const int first = from / LANES, last = (std::max(to, from) + LANES - 1) / LANES;
   const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   F most[N];
   for (int i = 0; i < N; i++) most[i] = splat(-INFINITY);
-  for (int b = first; b < last; b += SIDE) {
+  const auto score = [&]<int SIDE>(int b) {  // `SIDE` sixteens of keys, which share what is read of the queries
     const T* keys = (const T*)(cache.page(text, b * LANES / PAGE) + op.keys_at) +
                     ((int64_t)group * PAGE + b * LANES % PAGE) * width;
     F sums[N][SIDE] = {};
@@ -97,6 +96,17 @@ void attend(const Op& op, const Cache& cache, int text, int group, const Query* 
         most[i] = max(most[i], s);
         store(scores + (int64_t)i * stride + (b + u - first) * LANES, s);
       }
+    return b + SIDE;
+  };
+  for (int b = first; b < last;) {
+    const int whole = b % 4 ? b % 2 ? 1 : 2 : 4;  // no more than its page holds
+    const int side = std::min(last - b, whole);
+    if constexpr (N < 8)
+      if (side == 4) {
+        b = score.template operator()<4>(b);
+        continue;
+      }
+    b = side > 1 ? score.template operator()<2>(b) : score.template operator()<1>(b);
   }
   float inverse[N];
   for (int i = 0; i < N; i++) {

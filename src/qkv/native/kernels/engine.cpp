@@ -14,6 +14,7 @@
 #include "memory.h"
 #include "norm.h"
 #include "program.h"
+#include "sample.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -73,6 +74,16 @@ class Engine {
     program_ = &program, call_ = &call;
     prepare();
     pool_.run([this](int t) { perform(t); });
+  }
+
+  // each(0) … each(n − 1), dealt out evenly.
+  template <class Each>
+  void every(int64_t n, Each each) {
+    std::lock_guard<std::mutex> one(mutex_);
+    pool_.run([&](int t) {
+      for (int64_t k = n * t / pool_.threads(); k < n * (t + 1) / pool_.threads(); k++) each(k);
+      pool_.barrier.wait();
+    });
   }
 
  private:
@@ -504,6 +515,17 @@ int qkv_run(Engine* engine, const Program* program, const Call* call) {  // 0, o
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// Of each block of `size` scores the largest, and Σ e^{(x − m)/T}.
+void qkv_maxima(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, float* out) {
+  const qkv::Scored scores{x, rows, width, size};
+  engine->every(scores.blocks(), [&](int64_t k) { out[k] = maximum(scores, k); });
+}
+void qkv_sums(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, const float* m, float T,
+              float* out) {
+  const qkv::Scored scores{x, rows, width, size};
+  engine->every(scores.blocks(), [&](int64_t k) { out[k] = mass(scores, k, m, T); });
 }
 
 // How a block format is kept in tiles; −1 for one that is not known.

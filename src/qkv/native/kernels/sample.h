@@ -1,0 +1,45 @@
+// Looking at whole rows of scores, for those who choose from them.
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+
+namespace qkv {
+
+struct Scored {  // rows of scores, in blocks of `size`; the last block of a row may be shorter
+  const float* x;
+  int64_t rows, width, size;
+
+  int64_t per_row() const { return (width + size - 1) / size; }
+  int64_t blocks() const { return rows * per_row(); }
+};
+
+// Folds block k of all rows, counted through: found = each(found, the next 16 scores). What a row lacks is −∞.
+template <class Each>
+inline F fold(const Scored& scores, int64_t k, F found, Each each) {
+  const int64_t at = k % scores.per_row() * scores.size, end = std::min(at + scores.size, scores.width);
+  const float* x = scores.x + k / scores.per_row() * scores.width;
+  for (int64_t i = at; i < end; i += LANES) {
+    F some = splat(-INFINITY);
+    if (end - i >= LANES) some = load(x + i);
+    else memcpy(&some, x + i, (end - i) * sizeof(float));
+    found = each(found, some);
+  }
+  return found;
+}
+
+// The largest of a block.
+inline float maximum(const Scored& scores, int64_t k) {
+  return largest(fold(scores, k, splat(-INFINITY), [](F most, F x) { return max(x, most); }));
+}
+
+// Σ e^{(x_i − m) / T} over a block, m the row's.
+inline float mass(const Scored& scores, int64_t k, const float* m, float T) {
+  const F top = splat(m[k / scores.per_row()]), inverse = splat(1 / T), least = splat(-87.0f);
+  return sum(fold(scores, k, F{}, [&](F total, F x) {
+    const F y = (x - top) * inverse;
+    return total + choose(y > least, exp(y), F{});  // what is less is as good as nothing
+  }));
+}
+
+}  // namespace qkv
