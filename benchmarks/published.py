@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import combinations
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -98,7 +99,8 @@ def stories() -> None:
 def agreement(tokens: int = 512) -> None:
     """Gemma 3 on the same file and text: how often the likeliest next token is the same, and the perplexities.
 
-    llama.cpp rounds activations to 8 bits where weights are packed; so it is also asked about the same weights in F32.
+    llama.cpp rounds activations to 8 bits where weights are packed; so it is also asked about the same weights in F32,
+    and with flash attention, which should change nothing: so far it agrees with itself.
     """
     path = resolve(GEMMA)
     task = qkv.open(path)
@@ -109,10 +111,11 @@ def agreement(tokens: int = 512) -> None:
         found = {
             "qkv": task.model(torch.tensor([ids]))[0].float(),
             "llama.cpp": llama_logits(path, ids),
+            "llama.cpp with flash attention": llama_logits(path, ids, flash_attn=True),
             "llama.cpp in F32": llama_logits(plain, ids),
         }
     print(f"Gemma 3 270M (Q4_K_M), {len(ids)} tokens of plain English; the likeliest next token is the same:")
-    for one, other in (("qkv", "llama.cpp"), ("qkv", "llama.cpp in F32"), ("llama.cpp", "llama.cpp in F32")):
+    for one, other in combinations(found, 2):
         same = (found[one].argmax(-1) == found[other].argmax(-1)).float().mean()
         print(f"  {one} and {other}: {100 * float(same):.1f} %")
     labels = torch.tensor(ids[1:])
@@ -120,11 +123,11 @@ def agreement(tokens: int = 512) -> None:
         print(f"  perplexity, {name}: {float(torch.nn.functional.cross_entropy(z[:-1], labels).exp()):.3f}")
 
 
-def llama_logits(path: Path, ids: list[int]) -> torch.Tensor:
+def llama_logits(path: Path, ids: list[int], **settings: Any) -> torch.Tensor:
     """T V, as llama.cpp computes them."""
     from llama_cpp import Llama
 
-    model = Llama(str(path), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False)
+    model = Llama(str(path), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False, **settings)
     model.eval(ids)
     return torch.tensor(model.scores[: len(ids)]).float()
 

@@ -159,6 +159,15 @@ def test_views_share_the_map_and_never_write_the_file(tmp_path):
     assert view.sum() == 10.0 and path.read_bytes() == before
 
 
+def test_what_is_given_back_is_read_anew(tmp_path):
+    write_gguf(tmp_path / "a.gguf", METADATA, weights())
+    read = GGUF(tmp_path / "a.gguf")
+    before, tensors = read.metadata, {name: read.tensor(name).clone() for name in read.tensors}
+    read.release()
+    assert read.metadata == before and read.metadata is not before and read.metadata is read.metadata
+    assert all(torch.equal(read.tensor(name), tensor) for name, tensor in tensors.items())
+
+
 def test_tensors_are_taken_one_at_a_time_and_nothing_is_left_of_a_failure(tmp_path):
     path = tmp_path / "a.gguf"
     write_gguf(path, {}, [("w", "F32", torch.ones(3))])

@@ -14,6 +14,7 @@ A file is not trusted: every length is compared with what is left of the file be
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,6 @@ class GGUF:
     be UTF-8. Raises QkvError for any file that is not whole and sound.
     """
 
-    metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 
     def __init__(self, path: Path | str) -> None:
@@ -85,6 +85,12 @@ class GGUF:
         tensors, pairs = header.start()
         self.metadata = header.metadata(pairs)
         self.tensors = header.tensors(tensors, header.alignment(self.metadata))
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The pairs; after `release` they are read anew."""
+        header = _Header(self.path, self._map)
+        return header.metadata(header.start()[1])
 
     def data(self, name: str) -> Tensor:
         """A tensor's bytes in the file: uint8, flat, a view."""
@@ -99,19 +105,21 @@ class GGUF:
         except QkvError as fault:
             raise QkvError(f"{self.path}: tensor {name!r}: {fault}") from None
         if weights.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
-            self._release(entry)
+            self._release(entry.offset, entry.offset + entry.nbytes)
         return weights
 
     def release(self) -> None:
-        """Give back the memory of all tensors in blocks; they are read from the file again where they are used."""
+        """Give back the memory of the metadata and of tensors in blocks, which are read anew where they are used."""
+        self.__dict__.pop("metadata", None)
+        self._release(0, min((entry.offset for entry in self.tensors.values()), default=0))
         for entry in self.tensors.values():
             if entry.type not in FLOATS:  # of those, parts of a model may be views that have been written to
-                self._release(entry)
+                self._release(entry.offset, entry.offset + entry.nbytes)
 
-    def _release(self, entry: GGUFTensor) -> None:
-        """Give back the memory of a tensor's whole pages, which the system would read again from the file."""
+    def _release(self, start: int, end: int) -> None:
+        """Give back the memory of whole pages of the file, which the system would read again from there."""
         page = mmap.PAGESIZE
-        start, end = aligned(entry.offset, page), (entry.offset + entry.nbytes) // page * page
+        start, end = aligned(start, page), end // page * page
         if end > start and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 

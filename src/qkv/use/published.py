@@ -22,7 +22,10 @@ from qkv.use.task import Manner, Task
 def open_published(path: Path, dtype: torch.dtype | None = None, *, packed: bool = False) -> Task:
     """The model of a directory or file that others published, its tokenizer, and how it wants to be used."""
     source = opened(path, dtype, packed=packed)
-    tokenizer, model = tokenizer_of(source), load_published(source, dtype)
+    tokenizer = tokenizer_of(source)
+    if isinstance(source, GGUFModel):
+        source.release()  # lists of all tokens, beside which the weights would have to find room
+    model = load_published(source, dtype)
     return task_of(source, tokenizer, model)
 
 

@@ -34,7 +34,8 @@ def fields(type: str, blocks: Tensor) -> Fields:
     return _EQUATIONS[type](blocks)
 
 
-SLICE = 1 << 18  # weights at a time: what is computed on the way stays in the cache
+SLICE = 1 << 16  # weights at a time: what is computed on the way stays in the cache, and leaves small holes in memory
+SPARE = 64  # weights more than are due: where a tensor was, malloc puts one of its size only if there is room for more
 
 
 def dequantise(type: str, data: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,7 +51,8 @@ def dequantise(type: str, data: Tensor, shape: Sequence[int], dtype: torch.dtype
         return data.reshape(-1).view(FLOATS[type]).view(tuple(shape)).to(dtype)
     block, equation = BLOCKS[type], _EQUATIONS[type]
     blocks = data.reshape(-1, block.bytes)
-    weights = torch.empty(len(blocks), block.weights, dtype=dtype, device=data.device)
+    count = len(blocks) * block.weights
+    weights = torch.empty(count + SPARE, dtype=dtype, device=data.device)[:count].view(-1, block.weights)
     step = SLICE // block.weights
     for at in range(0, len(blocks), step):
         weights[at : at + step] = equation(blocks[at : at + step]).weights()
