@@ -17,8 +17,8 @@ from tests.contracts.specs import VOCAB, decoders, pairs, rough, shrunk
 from tests.native.helpers import FORMATS, run, weight
 
 MODELS = [
-    "gpt2", "smollm2-135m", "gemma-2-2b", "mixtral-8x7b", "mamba-130m", "mamba2-130m", "t5-small", "position alibi",
-    "norm dyt", "norm batchnorm", "bert-tiny",
+    "gpt2", "smollm2-135m", "gemma-2-2b", "mixtral-8x7b", "mamba-130m", "mamba2-130m", "mixer retention", "mixer gla",
+    "mixer kda", "mixer rwkv6", "t5-small", "position alibi", "norm dyt", "norm batchnorm", "bert-tiny",
 ]  # fmt: skip
 
 

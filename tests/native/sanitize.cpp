@@ -188,6 +188,36 @@ void recalled(Made& to, const Sizes& s) {
   product(to, s, MIXED, STREAM, inner, s.width, STREAM);
 }
 
+// A memory of every rule: shares of each key channel or of a head, tied to the keys or not.
+void remembered(Made& to, const Sizes& s, Rule rule, int shares, bool tied, int positions) {
+  const int values = s.heads * s.head_width, keys = s.groups * KEY, all = values + 2 * keys;
+  normed(product(to, s, STREAM, EVERY, s.width, all + values), RMS);
+  normed(product(to, s, STREAM, STEPS, s.width, s.heads * shares), RMS);
+  Op& writes = product(to, s, STREAM, KEPT, s.width, s.heads);
+  normed(writes, RMS), writes.act = SIGMOID;
+  to.widths[KEPT] = std::max(to.widths[KEPT], 2 * s.heads);
+  Op decay = record(DECAY, tied ? EVERY : STEPS, 0);
+  decay.in_at = tied ? values : 0, decay.heads = s.heads, decay.groups = tied ? s.groups : s.heads;
+  decay.shares = shares, decay.steps = STEPS, decay.keys = tied ? EVERY : -1, decay.rule = rule, decay.most = 0.7f;
+  decay.act = rule == BONUS ? IDENTITY : SOFTPLUS, decay.decay = tied ? nullptr : floats(s.heads, -1);
+  to.ops.push_back(decay);
+  Op map = record(FEATURE, EVERY, 0);
+  map.in_at = values, map.heads = 2 * s.groups, map.head_width = KEY, map.act = SILU, map.eps = 1e-6f;
+  map.feature = (Feature)(rule % 4), map.turned = 4;
+  map.cos = floats((size_t)positions * 2), map.sin = floats((size_t)positions * 2);
+  to.ops.push_back(map);
+  Op op = heads(RECALL, s, EVERY, MIXED);
+  op.states = KEY, op.rule = rule, op.shares = shares, op.steps = STEPS, op.writes = KEPT, op.most = op.least = 1;
+  op.gate = EVERY, op.gate_at = all, op.act = SIGMOID, op.norm = LAYER, op.eps = 1e-5f;
+  op.norm_weight = floats(values, 1), op.norm_bias = floats(values), op.skip = floats(s.heads * KEY);
+  op.state_at = state(to, values * KEY + (rule == MEAN || rule == EXPONENTIAL ? s.heads * (KEY + 1) : 0));
+  to.ops.push_back(op);
+  Op mix = record(MIX, MIXED, MIXED);
+  mix.keys = EVERY, mix.inputs = s.head_width, mix.groups = s.heads;
+  to.ops.push_back(mix);
+  product(to, s, MIXED, STREAM, values, s.width, STREAM);
+}
+
 Made text(const Sizes& s, int positions) {
   Made to;
   Op op = record(EMBED, 0, STREAM);
@@ -209,6 +239,8 @@ Made text(const Sizes& s, int positions) {
   experts(to, s);
   selective(to, s);
   recalled(to, s);
+  for (Rule rule : {SUM, MEAN, DELTA, EXPONENTIAL, BONUS})
+    for (int shares : {1, KEY}) remembered(to, s, rule, shares, shares > 1 && rule == SUM, positions);
   op = record(NORM, STREAM, OUTPUT), op.inputs = to.widths[OUTPUT] = s.width;
   normed(op, RMS);
   to.ops.push_back(op);

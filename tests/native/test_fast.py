@@ -27,21 +27,17 @@ from qkv.parts import (
     Block,
     Branch,
     Classifier,
-    Decay,
     Experts,
-    Feature,
     Gated,
     Head,
     RMSNorm,
     Rotary,
-    Rule,
     Stack,
     Tokens,
     TopK,
 )
 from qkv.parts.linear import Linear
-from qkv.parts.mixers.memory import System
-from qkv.spec import edit, kinds
+from qkv.spec import edit
 from qkv.zoo import PRESETS
 from tests.contracts.specs import VOCAB, WIDTH, decoder, decoders, pairs, rough, shrunk
 
@@ -61,24 +57,16 @@ ENCODERS = {name: spec for name, spec in ENCODERS.items() if isinstance(spec, Se
     "a window": edit(decoder(), "mask", Window(4)),
     "classes": edit(edit(decoder(), "mask", Full()), "head", Classifier(labels=("a", "b", "c"))),
 }
-MEMORIES = [
-    *(f"{slot.__name__.lower()} {kind}" for slot in (Decay, Rule, Feature) for kind in kinds(slot)),
-    *(f"mixer {kind}" for kind in ("memory", *kinds(System))),
-    "delta-net-1.3b", "gated-delta-net-1.3b", "gla-1.3b", "retnet-1.3b",
-]  # fmt: skip
 TORCH = {
     "embedding one-hot": "the position OneHot(40)",
     "score additive": "the score Additive()",
     "router biased-top-k": "the router BiasedTopK()",
     "router noisy-top-k": "the router NoisyTopK()",
     "window and sinks": "the mask Any((Window(3), Global(2)))",
-    "mixer channel-mix": "the mixer ChannelMix",
     "mixer gru": "the mixer GRU",
     "mixer lstm": "the mixer LSTM",
     "mixer plain-experts": "the mixer PlainExperts",
     "mixer rnn": "the mixer RNN",
-    **dict.fromkeys(MEMORIES, "the mixer Memory"),
-    **dict.fromkeys(["mixer rwkv6", "rwkv6-1.6b", "time mix and channel mix"], "the mixer Rwkv6"),
     **dict.fromkeys(["rnn-search", "rnn-search-tiny"], "the mixer Bidirectional"),
 }
 """What has no kernel."""

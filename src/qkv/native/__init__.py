@@ -6,6 +6,7 @@ text): decoding, batches and whole prompts are one path. Kernels know parts, nev
 leaves the model as it is, and says so.
 """
 
+from qkv.native import memory as memory  # registers what it lowers
 from qkv.native.fast import fast, slow
 
 __all__ = ["fast", "slow"]

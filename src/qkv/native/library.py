@@ -17,11 +17,19 @@ from qkv.ops.sample.scores import MAX, SUM
 
 
 class Kind(IntEnum):
-    EMBED, NORM, LINEAR, KEYS, ATTEND, ROUTE, ADD, CONVOLVE, SCAN, RECALL = range(10)
+    EMBED, NORM, LINEAR, KEYS, ATTEND, ROUTE, ADD, CONVOLVE, SCAN, RECALL, FEATURE, DECAY, MIX = range(13)
 
 
 class NormKind(IntEnum):
     NONE, RMS, LAYER, TANH, AFFINE = range(5)
+
+
+class RuleKind(IntEnum):
+    STEP, SUM, MEAN, DELTA, EXPONENTIAL, BONUS = range(6)
+
+
+class FeatureKind(IntEnum):
+    POINTWISE, POSITIVE, SOFTMAX, UNIT = range(4)
 
 
 ACTS = ("identity", "relu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "softplus", "softcap")
@@ -56,8 +64,8 @@ class Op(ct.Structure):
         + [(name, ct.c_int32) for name in ("store", "norm", "act", "gated", "heads", "groups", "head_width", "turned")]
         + [(name, ct.c_int32) for name in ("behind", "ahead", "experts", "choices", "routes", "weighted", "normalise")]
         + [(name, ct.c_int32) for name in ("taps", "states", "steps", "keys", "gate", "gate_at")]
-        + [(name, ct.c_int32) for name in ("memory", "table_rows")]
-        + [(name, ct.c_float) for name in ("eps", "scale", "softcap")]
+        + [(name, ct.c_int32) for name in ("memory", "table_rows", "rule", "feature", "shares", "writes")]
+        + [(name, ct.c_float) for name in ("eps", "scale", "softcap", "most", "least")]
         + [("keys_at", ct.c_int64), ("values_at", ct.c_int64), ("state_at", ct.c_int64)]
         + [(name, ct.c_void_p) for name in POINTERS]
     )  # fmt: skip

@@ -20,7 +20,7 @@ from qkv.parts.experts import Experts, TopK
 from qkv.parts.feedforward import FeedForward, Gated
 from qkv.parts.linear import Linear
 from qkv.parts.mixers import Attention, Body, Mamba, Mamba2
-from qkv.parts.position import ALiBi, BandScaling, LinearScaling, Positional, Relative, Rotary, YaRN
+from qkv.parts.position import ALiBi, BandScaling, EndpointScaling, LinearScaling, Positional, Relative, Rotary, YaRN
 from qkv.parts.position.position import SharedPosition
 from qkv.spec import Spec
 
@@ -150,7 +150,7 @@ def mamba2(build: Builder, body: Any, read: Read, add: Add) -> None:
     convolve(build, list(body.convolutions), every, 0, Add(x))
     build.add(Kind.RECALL, **{"in": x}, out=mixed, steps=steps, gate=every, gate_at=gate, heads=spec.heads,
               groups=spec.groups, head_width=body.head_width, states=spec.state,
-              decay=build.floats(-body.A_log.float().exp()), skip=build.floats(body.D),
+              decay=build.floats(-body.A_log.float().exp()), skip=build.floats(body.D), act=ACTS.index("silu"),
               state_at=build.state(inner * spec.state))  # fmt: skip
     part = inner // spec.groups
     for n in range(spec.groups):  # each group is normalised by itself
@@ -167,13 +167,13 @@ def normed(build: Builder, norm: Any, buffer: int, at: int = 0) -> None:
         build.add(Kind.NORM, **place, inputs=len(norm.weight), **norm_fields(build, norm))
 
 
-def convolve(build: Builder, layers: Sequence[Any], source: int, at: int, add: Add) -> None:
-    """silu of convolutions side by side."""
+def convolve(build: Builder, layers: Sequence[Any], source: int, at: int, add: Add, act: str = "silu") -> None:
+    """act of convolutions side by side, from and to the same place in a row."""
     weight = torch.cat([layer.weight.detach().float() for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
     width, taps = weight.shape
-    build.add(Kind.CONVOLVE, **{"in": source}, in_at=at, out=add.buffer, inputs=width, taps=taps,
-              weight=build.floats(weight.t()), act=ACTS.index("silu"), state_at=build.state(width * (taps - 1)),
+    build.add(Kind.CONVOLVE, **{"in": source}, in_at=at, out=add.buffer, out_at=at, inputs=width, taps=taps,
+              weight=build.floats(weight.t()), act=ACTS.index(act), state_at=build.state(width * (taps - 1)),
               **({"bias": build.floats(torch.cat(biases))} if biases else {}))  # fmt: skip
 
 
@@ -221,7 +221,8 @@ def turns(build: Builder, position: Any) -> Fields:
     spec: Any = None if position is None else position.spec
     if spec is None or isinstance(spec, ALiBi | Relative):
         return {}
-    if not isinstance(spec, Rotary) or not isinstance(spec.scaling, LinearScaling | BandScaling | YaRN | None):
+    fixed = LinearScaling | BandScaling | EndpointScaling | YaRN | None
+    if not isinstance(spec, Rotary) or not isinstance(spec.scaling, fixed):
         raise Unlowered(f"the position {spec}")
 
     def wave(which: int) -> Callable[[int], Tensor]:

@@ -242,6 +242,9 @@ class Engine {
       case CONVOLVE: return convolution(op, t, turn);
       case SCAN: return selective(op, t, turn);
       case RECALL: return recalled(op, t, turn);
+      case FEATURE: return features(op, t);
+      case DECAY: return decays(op, t);
+      case MIX: return rows(t, [&](int row) { mix(op, row); });
     }
   }
 
@@ -476,9 +479,41 @@ class Engine {
   void recalled(const Op& op, int t, int turn) {
     shares(t, turn, pieces(op), 1, [&](int k, int) {
       const Task& run = runs_[k / op.heads];
-      const int head = k % op.heads;
-      recall(op, rows_of(op.in, run.row), rows_of(op.steps, run.row), rows_of(op.gate, run.row, op.gate_at),
-             rows_of(op.out, run.row), run.rows, head, held(op, run) + (int64_t)head * op.states * op.head_width);
+      Recall{op, rows_of(op.in, run.row), rows_of(op.steps, run.row), rows_of(op.writes, run.row),
+             rows_of(op.gate, run.row, op.gate_at), rows_of(op.out, run.row), run.rows, k % op.heads, held(op, run)}
+          .all();
+    });
+  }
+
+  // Parts of rows, dealt out evenly.
+  template <class Each>
+  void parts(int t, int n, Each each) {
+    const int64_t all = (int64_t)call_->rows * n, threads = pool_.threads();
+    for (int64_t k = all * t / threads; k < all * (t + 1) / threads; k++) each(k / n, k % n);
+  }
+
+  void features(const Op& op, int t) {
+    parts(t, op.heads, [&](int row, int head) {
+      feature(op, at(op.in, row, op.in_at + head * op.head_width), call_->positions[row]);
+    });
+  }
+
+  // residual + in ⊙ keys, for parts of `in` that stand side by side
+  void mix(const Op& op, int row) {
+    for (int part = 0; part < op.groups; part++) {
+      const float *x = at(op.in, row, part * op.inputs), *by = at(op.keys, row);
+      float* y = at(op.out, row, part * op.inputs);
+      sixteens(op.inputs, [&](int i, int n) {
+        const F added = op.residual < 0 ? F{} : load(at(op.residual, row, i), n);
+        store(y + i, fma(load(x + i, n), load(by + i, n), added), n);
+      });
+    }
+  }
+
+  void decays(const Op& op, int t) {
+    parts(t, op.groups, [&](int row, int group) {
+      const int offset = op.in_at + group * op.shares;
+      decay(op, at(op.in, row, offset), at(op.steps, row), rows_of(op.keys, row, offset).first, group);
     });
   }
 };

@@ -1,6 +1,9 @@
 // Mixers with a memory, token after token. A piece of work is a run of rows of one text and some of its channels or one
 // of its heads, so that what a run computes does not depend on how it is cut.
 #pragma once
+#include <algorithm>
+
+#include "attention.h"
 #include "norm.h"
 #include "program.h"
 #include "simd.h"
@@ -57,27 +60,188 @@ inline void scan(const Op& op, Rows x, Rows steps, Rows keys, Rows gate, Rows ou
   }
 }
 
-// S_t = e^{Δ_t A} S_{t−1} + k_t (Δ_t v_t)ᵀ, y_t = (S_tᵀ q_t + D v_t) silu(z_t) for one head: S is states × head_width.
-// Row r holds v of all heads, then k, then q of all groups.
-inline void recall(const Op& op, Rows in, Rows steps, Rows gate, Rows out, int rows, int head, float* S) {
-  const int K = op.states, V = op.head_width, group = head / (op.heads / op.groups);
-  const int64_t keys = (int64_t)op.heads * V + (int64_t)group * K, queries = keys + (int64_t)op.groups * K;
-  for (int r = 0; r < rows; r++) {
-    const float dt = steps.row(r)[head], *row = in.row(r), *k = row + keys, *q = row + queries;
-    const float decay = exp(splat(dt * op.decay[head]))[0];
-    sixteens(V, [&](int at, int n) {
-      const F v = load(row + head * V + at, n), written = v * dt;
-      F y = v * op.skip[head];
-      for (int s = 0; s < K; s++) {
-        float* place = S + (int64_t)s * V + at;
-        const F state = fma(splat(decay), load(place, n), written * k[s]);
-        store(place, state, n);
-        y = fma(state, splat(q[s]), y);
+// φ(x) of one head of a query or key, in place, then turned by its position:
+//   POINTWISE act(x) · POSITIVE elu(x) + 1 · SOFTMAX softmax(x) · UNIT act(x) / √(Σ act(x)² + ε)
+inline void feature(const Op& op, float* x, int position) {
+  const int n = op.head_width;
+  F top = splat(-INFINITY);
+  if (op.feature == SOFTMAX)
+    for (int i = 0; i < n; i++) top = max(top, splat(x[i]));
+  sixteens(n, [&](int at, int some) {
+    F v = load(x + at, some);
+    switch (op.feature) {
+      case POINTWISE:
+      case UNIT: v = activated(op.act, v, 0); break;
+      case POSITIVE: v = choose(v > 0, v + 1.0f, exp(v)); break;
+      case SOFTMAX: v = exp(v - top); break;
+    }
+    store(x + at, v, some);
+  });
+  if (op.feature == SOFTMAX || op.feature == UNIT) {
+    const float scale = op.feature == UNIT ? 1 / std::sqrt(squares(x, n, 0) + op.eps) : 1 / total(x, n);
+    sixteens(n, [&](int at, int some) { store(x + at, load(x + at, some) * scale, some); });
+  }
+  const int64_t row = (int64_t)position * op.turned / 2;
+  if (op.turned) rotate(x, op.turned, op.cos + row, op.sin + row);
+}
+
+// What is left of the memories of a group of heads when a token comes: e^{a softplus(x)}, or e^{a e^x} if `act` is not
+// SOFTPLUS; for an EXPONENTIAL rule its logarithm. Without an `a` the key is tied to it, k = most σ(−x), and 1 − k left.
+inline void decay(const Op& op, const float* x, float* out, float* keys, int group) {
+  const int n = op.shares, heads = op.heads / op.groups;
+  sixteens(n, [&](int at, int some) {
+    F y = load(x + at, some);
+    if (op.decay) {
+      y = (op.act == SOFTPLUS ? softplus(y) : exp(y)) * op.decay[group];
+      if (op.rule != EXPONENTIAL) y = exp(y);
+    } else {
+      store(keys + at, op.most * sigmoid(-y), some);
+      y = fma(splat(op.most), sigmoid(y), splat(1 - op.most));
+    }
+    for (int h = 0; h < heads; h++) store(out + (int64_t)(group * heads + h) * n + at, y, some);
+  });
+}
+
+// S_t = rule(e^{g_t} ⊙ S_{t−1}, k_t, v_t), y_t = scale S_tᵀ q_t + D v_t for one head, then y act(z), or act(z) norm(y).
+//   STEP e^g = e^{Δ a}, writes k (Δ v)ᵀ · SUM writes k vᵀ · MEAN the same, read as y / (n·q + ε)
+//   DELTA writes most β k (v − (e^g ⊙ S)ᵀ k)ᵀ · EXPONENTIAL writes e^i k vᵀ, read as y / (max(|n·q|, 1) + ε)
+//   BONUS writes k vᵀ once S_{t−1} + (u ⊙ k) vᵀ has been read
+// A row of `in` holds v of all heads, then k, then q of all groups; one of `steps` Δ, or e^g (1 or K to a head), or g
+// where it is EXPONENTIAL; none, or a constant a beside none, is the same decay for all tokens.
+// S is K × V, in blocks of at most 64 columns, each by itself; after those of all heads come n (K) and m of each.
+struct Recall {
+  const Op& op;
+  Rows in, steps, writes, gate, out;
+  int rows, head;
+  float* state;
+
+  int64_t K = op.states, V = op.head_width, value = head * V;
+  int64_t key = op.heads * V + head / (op.heads / op.groups) * K, query = key + op.groups * K;
+
+  void all() const {
+    if (op.rule == EXPONENTIAL) level(state + op.heads * (K * V + K) + head);
+    for (int at = 0; at < V; at += 4 * LANES) switch (std::min<int>(V - at + LANES - 1, 4 * LANES) / LANES) {
+        case 4: block<4>(at); break;
+        case 3: block<3>(at); break;
+        case 2: block<2>(at); break;
+        case 1: block<1>(at); break;
       }
-      if (gate.first) y *= activated(SILU, load(gate.row(r) + head * V + at, n), 0);
-      store(out.row(r) + head * V + at, y, n);
+    if (op.rule == MEAN || op.rule == EXPONENTIAL) divide(state + op.heads * K * V + head * K);
+    for (int r = 0; r < rows; r++) finish(r);
+  }
+
+  // e^g where it is one number.
+  float share(int r) const {
+    const float step = steps.first ? steps.row(r)[head] : 1;
+    return op.decay && op.rule != EXPONENTIAL ? exp(splat(op.decay[head] * step))[0] : step;
+  }
+
+  float written(int r) const {
+    switch (op.rule) {
+      case STEP: return steps.row(r)[head];
+      case DELTA: return op.most * writes.row(r)[head];
+      case EXPONENTIAL: return writes.row(r)[head];
+      default: return 1;
+    }
+  }
+
+  // All is held divided by e^m, the largest weight in it: m_t = max(g_t + m_{t−1}, i_t). Afterwards `steps` holds
+  // e^{g_t + m_{t−1} − m_t}, and `writes` e^{i_t − m_t} and, a row of heads further on, e^{−m_t}.
+  void level(float* m) const {
+    for (int r = 0; r < rows; r++) {
+      float *g = steps.row(r) + head * op.shares, *i = writes.row(r) + head;
+      if (op.decay) *g = op.decay[head];
+      const float now = std::max(*std::max_element(g, g + op.shares) + *m, *i), less = *m - now;
+      sixteens(op.shares, [&](int at, int n) { store(g + at, exp(load(g + at, n) + less), n); });
+      const F both = exp(F{*i - now, -now});
+      i[0] = both[0], i[op.heads] = both[1], *m = now;
+    }
+  }
+
+  template <int N>
+  void block(int at) const {
+    switch (op.rule) {
+      case DELTA: return op.shares > 1 ? columns<N, DELTA, true>(at) : columns<N, DELTA, false>(at);
+      case BONUS: return op.shares > 1 ? columns<N, BONUS, true>(at) : columns<N, BONUS, false>(at);
+      default: return op.shares > 1 ? columns<N, SUM, true>(at) : columns<N, SUM, false>(at);
+    }
+  }
+
+  // N sixteens of columns from `at` on, the last of them perhaps not whole.
+  template <int N, Rule RULE, bool EACH>
+  void columns(int at) const {
+    const int last = std::min<int64_t>(LANES, V - at - (N - 1) * LANES), wide = (N - 1) * LANES + last;
+    auto some = [&](int u) { return u == N - 1 ? last : LANES; };
+    float* S = state + head * K * V + at * K;
+    for (int r = 0; r < rows; r++) {
+      const float *row = in.row(r), *k = row + key, *q = row + query, *left = EACH ? steps.row(r) + head * K : nullptr;
+      const float one = EACH ? 1 : share(r), write = written(r);
+      F v[N], y[N] = {};
+      for (int u = 0; u < N; u++) v[u] = load(row + value + at + u * LANES, some(u));
+      if (RULE == DELTA) {
+        F held[N] = {};
+        for (int s = 0; s < K; s++) {
+          const F by = splat(k[s] * (EACH ? left[s] : one));
+          for (int u = 0; u < N; u++) held[u] = fma(load(S + s * wide + u * LANES, some(u)), by, held[u]);
+        }
+        for (int u = 0; u < N; u++) v[u] -= held[u];
+      }
+      for (int u = 0; u < N; u++) v[u] *= write;
+      if (RULE == BONUS) {
+        F own{};
+        sixteens(K, [&](int s, int n) {
+          own = fma(load(op.skip + head * K + s, n) * load(k + s, n), load(q + s, n), own);
+        });
+        for (int u = 0; u < N; u++) y[u] = v[u] * sum(own);
+      }
+      for (int s = 0; s < K; s++) {
+        const F by = splat(EACH ? left[s] : one);
+        for (int u = 0; u < N; u++) {
+          float* place = S + s * wide + u * LANES;
+          const F before = load(place, some(u)), now = fma(before, by, v[u] * k[s]);
+          store(place, now, some(u));
+          y[u] = fma(RULE == BONUS ? before : now, splat(q[s]), y[u]);
+        }
+      }
+      for (int u = 0; u < N; u++) store(out.row(r) + value + at + u * LANES, y[u], some(u));
+    }
+  }
+
+  // n_t = e^{g_t} ⊙ n_{t−1} + e^i k_t, what S would hold in a column of ones.
+  void divide(float* n) const {
+    for (int r = 0; r < rows; r++) {
+      const float *row = in.row(r), *left = op.shares > 1 ? steps.row(r) + head * K : nullptr;
+      const float one = left ? 1 : share(r), write = written(r);
+      F sums{};
+      sixteens(K, [&](int at, int some) {
+        const F by = left ? load(left + at, some) : splat(one);
+        const F now = fma(load(n + at, some), by, load(row + key + at, some) * write);
+        store(n + at, now, some);
+        sums = fma(now, load(row + query + at, some), sums);
+      });
+      float whole = sum(sums) * op.scale;
+      if (op.rule == EXPONENTIAL) whole = std::max(std::fabs(whole), writes.row(r)[op.heads + head]);
+      sixteens(V, [&](int at, int some) {
+        float* y = out.row(r) + value + at;
+        store(y, load(y, some) / (whole + op.least), some);
+      });
+    }
+  }
+
+  void finish(int r) const {
+    float* y = out.row(r) + value;
+    sixteens(V, [&](int at, int n) {
+      F x = load(y + at, n) * op.scale;
+      if (op.rule == STEP) x = fma(load(in.row(r) + value + at, n), splat(op.skip[head]), x);
+      store(y + at, x, n);
+    });
+    const float* bias = op.norm_bias ? op.norm_bias + value : nullptr;
+    if (op.norm) norm_row(op.norm, y, V, op.eps, op.norm_weight + value, bias, y);
+    if (!gate.first) return;
+    sixteens(V, [&](int at, int n) {
+      store(y + at, load(y + at, n) * activated(op.act, load(gate.row(r) + value + at, n), 0), n);
     });
   }
-}
+};
 
 }  // namespace qkv

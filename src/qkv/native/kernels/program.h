@@ -5,8 +5,10 @@
 
 namespace qkv {
 
-enum Kind : int32_t { EMBED, NORM, LINEAR, KEYS, ATTEND, ROUTE, ADD, CONVOLVE, SCAN, RECALL };
+enum Kind : int32_t { EMBED, NORM, LINEAR, KEYS, ATTEND, ROUTE, ADD, CONVOLVE, SCAN, RECALL, FEATURE, DECAY, MIX };
 enum Norm : int32_t { NO_NORM, RMS, LAYER, TANH, AFFINE };
+enum Rule : int32_t { STEP, SUM, MEAN, DELTA, EXPONENTIAL, BONUS };  // how a memory is written and read
+enum Feature : int32_t { POINTWISE, POSITIVE, SOFTMAX, UNIT };       // what queries and keys go through
 enum Act : int32_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH_ACT, SIGMOID, SOFTPLUS, SOFTCAP };
 
 // Buffers are numbered; each holds so many floats for every row. The first two are the caller's.
@@ -30,7 +32,11 @@ struct Op {
   int32_t steps, keys, gate, gate_at;  // buffers that a memory reads besides `in`; gate −1 is none
   int32_t memory;                      // 1: keys and values are the memory's, not the text's own
   int32_t table_rows;                  // positions for which there are tables
+  Rule rule;
+  Feature feature;
+  int32_t shares, writes;              // decays of a head, 1 or `states`; the buffer that says how much is written
   float eps, scale, softcap;
+  float most, least;                   // that a token may replace; that an answer is divided by
   int64_t keys_at, values_at;          // bytes from the beginning of a page
   int64_t state_at;                    // bytes from the beginning of a text's state
   const uint8_t* weight;
