@@ -23,7 +23,8 @@ from tempfile import TemporaryDirectory
 import torch
 from benchmarks.common import DATA, in_turn, machine
 
-from qkv.models import Module, Sequence
+from qkv.data import Files
+from qkv.models import Module, Sequence, SequenceModel
 from qkv.parts import Learned
 from qkv.recipes import find
 from qkv.spec import edit
@@ -135,11 +136,11 @@ def trained(name: str, settings: list[str]) -> Trained:
 
 
 @torch.inference_mode()
-def accuracy(model: Module, examples: Examples) -> float:
-    """The share of the validation set's labels that score highest."""
+def accuracy(model: Module, examples: Examples, files: Files | float | None = None) -> float:
+    """The share of a data set's labels that score highest; None is the validation set."""
     right = labels = 0
     model.eval()
-    for example in examples.evaluation(examples.recipe.data.valid):
+    for example in examples.evaluation(examples.recipe.data.valid if files is None else files):
         x = model.hidden(example.inputs, lengths=example.lengths)[example.chosen]
         right += int((model.logits(x).argmax(-1) == example.labels).sum())
         labels += example.tokens
@@ -177,8 +178,13 @@ def decoding(recipe: Recipe, tokens: int, count: int = 32) -> Decoding:
             model(one, state=now)
         return (time.perf_counter() - began) / (count - 1)
 
+    return Decoding(seconds, state_bytes(model, tokens))
+
+
+def state_bytes(model: SequenceModel, tokens: int) -> int:
+    """What the state of one text holds after so many tokens."""
     cells = model.new_state(1, tokens)
-    return Decoding(seconds, sum(x.numel() * x.element_size() for cell in cells for x in cell.tensors().values()))
+    return sum(x.numel() * x.element_size() for cell in cells for x in cell.tensors().values())
 
 
 if __name__ == "__main__":

@@ -35,9 +35,16 @@ def test_examples_are_the_same_each_time_and_a_longer_set_begins_with_them():
     assert list(AssociativeRecall(5, seed=1).texts()) != texts[:5]
 
 
+def test_several_numbers_of_pairs_come_in_turn():
+    mixed = AssociativeRecall(2 * TOGETHER + 20, pairs=(2, 5), length=40)
+    asked = [sum(word[0] == "k" for word in text.split()) // 2 for text in mixed.texts()]
+    assert asked == [2] * TOGETHER + [5] * TOGETHER + [2] * 20
+    assert list(mixed.texts())[:TOGETHER] == list(AssociativeRecall(TOGETHER, pairs=2, length=40).texts())
+
+
 def test_places_are_drawn_by_the_power_law():
     weights = np.arange(1, 9) ** (0.01 - 1)
-    first = np.concatenate([chosen(np.random.default_rng(seed), weights, 3)[:, 0] for seed in range(20)])
+    first = np.concatenate([chosen(np.random.default_rng(seed), weights, 3)[:, 0] for seed in range(200)])
     counts = np.bincount(first, minlength=8) / len(first)
     np.testing.assert_allclose(counts, weights / weights.sum(), atol=0.015)
 
@@ -60,6 +67,10 @@ def test_each_row_of_a_batch_is_one_example():
     ("settings", "words"),
     [
         ({"pairs": 0}, "as many keys and values"),
+        ({"pairs": ()}, "as many keys and values"),
+        ({"pairs": (4, 0)}, "as many keys and values"),
+        ({"pairs": (4, 17)}, "as many keys and values"),
+        ({"pairs": (13, 4)}, "13 pairs need a length of 65"),
         ({"keys": 7}, "8 different pairs need as many keys"),
         ({"length": 39}, "8 pairs need a length of 40"),
         ({"examples": 0}, "1 example at least"),
