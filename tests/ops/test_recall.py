@@ -134,6 +134,20 @@ def test_minus_infinity_begins_a_document(gate, delta):
 
 @pytest.mark.parametrize("gate", ["token", "vector"])
 @pytest.mark.parametrize("delta", [False, True])
+def test_no_gradient_crosses_into_another_document(gate, delta):
+    """Exactly none, of the gates too: a difference of sums over a chunk would leave their rounding."""
+    x = inputs(70, gate, delta)
+    x["g"][:, :, [11, 23, 50]] = -math.inf
+    x = {name: value.requires_grad_() for name, value in x.items()}
+    found = torch.autograd.grad(chunked(**x).out[:, :, 23:50].square().sum(), list(x.values()))
+    for name, gradient in zip(x, found, strict=True):
+        alone = gradient if name == "state" else torch.cat((gradient[:, :, :23], gradient[:, :, 50:]), 2)
+        assert not alone.any(), name
+        assert name == "state" or gradient[:, :, 24:50].any(), name
+
+
+@pytest.mark.parametrize("gate", ["token", "vector"])
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("decay", ["weak", "strong", "both"])
 def test_extreme_decays_in_single_precision(gate, delta, decay):
     x = inputs(700, gate, delta)
