@@ -63,7 +63,8 @@ class _Carried(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dO: Tensor, dS: Tensor) -> tuple[Tensor, ...]:
-        each, starts, found = ctx.saved_tensors[:7], ctx.saved_tensors[7:], []
+        saved = ctx.saved_tensors  # to be asked for once, where they are recomputed
+        each, starts, found = saved[:7], saved[7:], []
         for (kept, k, x, a, q, t, p, do), S in reversed(list(zip(chunks(*each, dO), starts, strict=True))):
             dx = torch.baddbmm(a.mT @ do, k, dS)
             now = [(dS * S).sum_to_size(kept.shape), x @ dS.mT, dx, do @ x.mT, do @ S.mT]
