@@ -4,10 +4,10 @@
 
 The recipe `recall` with another mixer in both layers, as it was published; `+ conv` is the same with a convolution over
 4 tokens, by which a value's token knows the key before it, and with a state as large as DeltaNet's. Attention stands in
-the second layer, and the recipe's first tells it the token before. All have the same learning rates at seed 0; the other seeds go on with the rate of the least
-validation loss. A row is printed as soon as it is done: the mean over seeds and the range for each number of pairs (a
-guess among the values of the example is right once in as many); the bytes of the state after one example, where a
-window's cache has room to rewind; the rate, the seeds, and the minutes of one run.
+the second layer, and the recipe's first tells it the token before. All have the same learning rates at seed 0; other
+seeds go on with the rate of the least validation loss. A row is printed as soon as it is done: the mean over seeds and
+the range for each number of pairs (a guess among the values of the example is right once in as many); the bytes of the
+state after one example, where a window's cache has room to rewind; the rate, the seeds, and the minutes of one run.
 """
 
 import argparse
