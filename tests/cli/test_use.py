@@ -18,6 +18,7 @@ import torch
 from qkv.adapt import add_lora, loras, save_adapter
 from qkv.cli import main
 from qkv.decode import Sample
+from qkv.native.build import built
 from qkv.use import embed, extract, open_published, score, tag
 from tests.use import small
 from tests.use.small import SENTENCES
@@ -42,6 +43,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built()  # what is said of that once is no part of what a command says
     made = tmp_path_factory.mktemp("use")
     for name, options in MODELS.items():
         make = {"speaker": small.llama}.get(name) or getattr(small, name, small.bert)

@@ -23,10 +23,10 @@ def folder(request, tmp_path) -> Path:
 
 def watch(chat: Chat) -> tuple[list[list[int]], list[int]]:
     """The texts that the session holds from now on, one for each step, and the tokens that the model is fed."""
-    texts, inner, hidden = [], chat.session.more, chat.task.model.hidden
+    texts, inner, hidden = [], chat.session.fed, chat.task.model.hidden
     fed: list[int] = []
 
-    def more(ids):
+    def read(ids):
         texts.append([*chat.session.ids, *ids])
         return inner(ids)
 
@@ -34,7 +34,7 @@ def watch(chat: Chat) -> tuple[list[list[int]], list[int]]:
         fed.append(ids.shape[1])
         return hidden(ids, **given)
 
-    chat.session.more, chat.task.model.hidden = more, counted
+    chat.session.fed, chat.task.model.hidden = read, counted
     return texts, fed
 
 
