@@ -37,7 +37,7 @@ def qkv(threads: int, path: Path, ids: Sequence[int], tokens: int, texts: int) -
         rows = Rows(model, [ids] * texts, None, [tokens + 1] * texts, (), ())
         began = time.perf_counter()
         for _ in range(tokens):
-            rows.feed(rows.logits.argmax(-1))
+            rows.feed(rows.scores.argmax())
         return {"tokens/s": texts * tokens / (time.perf_counter() - began)}
 
     return Ready(measure)
