@@ -76,9 +76,14 @@ class Engine {
     pool_.run([this](int t) { perform(t); });
   }
 
-  // each(0) … each(n − 1), dealt out evenly.
+  // each(block) for every block of some scores, dealt out evenly; few are done sooner than another thread is called.
   template <class Each>
-  void every(int64_t n, Each each) {
+  void every(const Scored& scores, Each each) {
+    const int64_t n = scores.blocks();
+    if (scores.rows * scores.width < ALONE) {
+      for (int64_t k = 0; k < n; k++) each(k);
+      return;
+    }
     std::lock_guard<std::mutex> one(mutex_);
     pool_.run([&](int t) {
       for (int64_t k = n * t / pool_.threads(); k < n * (t + 1) / pool_.threads(); k++) each(k);
@@ -125,6 +130,7 @@ class Engine {
     }
   }
 
+  static constexpr int64_t ALONE = 1 << 17;  // scores
   static constexpr int64_t WAITING = 65536;  // bytes of weights that a waiting thread reads ahead
 
   static const Op* next_product(const Op* op, const Op* end) {
@@ -555,12 +561,12 @@ int qkv_run(Engine* engine, const Program* program, const Call* call) {  // 0, o
 // Of each block of `size` scores the largest, and Σ e^{(x − m)/T}.
 void qkv_maxima(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, float* out) {
   const qkv::Scored scores{x, rows, width, size};
-  engine->every(scores.blocks(), [&](int64_t k) { out[k] = maximum(scores, k); });
+  engine->every(scores, [&](int64_t k) { out[k] = maximum(scores, k); });
 }
 void qkv_sums(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, const float* m, float T,
               float* out) {
   const qkv::Scored scores{x, rows, width, size};
-  engine->every(scores.blocks(), [&](int64_t k) { out[k] = mass(scores, k, m, T); });
+  engine->every(scores, [&](int64_t k) { out[k] = mass(scores, k, m, T); });
 }
 
 // How a block format is kept in tiles; −1 for one that is not known.
