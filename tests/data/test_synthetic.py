@@ -66,10 +66,10 @@ def test_each_row_of_a_batch_is_one_example():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pairs": 0}, "as many keys and values"),
-        ({"pairs": ()}, "as many keys and values"),
-        ({"pairs": (4, 0)}, "as many keys and values"),
-        ({"pairs": (4, 17)}, "as many keys and values"),
+        ({"pairs": 0}, "1 pair at least"),
+        ({"pairs": ()}, "1 pair at least"),
+        ({"pairs": (4, 0)}, "1 pair at least"),
+        ({"pairs": (4, 17)}, "17 different pairs need as many keys and values, not 16"),
         ({"pairs": (13, 4)}, "13 pairs need a length of 65"),
         ({"keys": 7}, "8 different pairs need as many keys"),
         ({"length": 39}, "8 pairs need a length of 40"),

@@ -33,8 +33,10 @@ class AssociativeRecall(Synthetic):
 
     def check(self) -> None:
         least, most = min(self.sizes, default=0), max(self.sizes, default=0)
-        if least < 1 or most > min(self.keys, self.values) or self.examples < 1:
-            raise QkvError(f"{self.pairs} different pairs need as many keys and values; there is 1 example at least")
+        if least < 1 or self.examples < 1:
+            raise QkvError(f"1 example at least has 1 pair at least; found {self.examples} of {self.pairs}")
+        if most > min(self.keys, self.values):
+            raise QkvError(f"{most} different pairs need as many keys and values, not {self.keys} and {self.values}")
         if self.length < 5 * most:
             raise QkvError(f"{most} pairs need a length of {5 * most}: each 2 words, and 3 to be asked")
 
