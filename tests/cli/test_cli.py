@@ -47,6 +47,17 @@ def test_train_prints_the_run_and_resume_continues(tmp_path):
     assert qkv("train", "--resume", "runs/small", cwd=tmp_path).returncode == 0
 
 
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
+    write_data(tmp_path)
+    (tmp_path / "small.toml").write_text(RECIPE)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("mine")
+    for out in ("new", "kept"):
+        done = qkv("train", "small.toml", "--set", "model.**.heads=5", "--out", out, cwd=tmp_path)
+        assert done.returncode == 2 and "5 heads do not divide" in done.stderr
+    assert not (tmp_path / "new").exists() and [one.name for one in (tmp_path / "kept").iterdir()] == ["mine.txt"]
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path):
     write_data(tmp_path, 2000)
     (tmp_path / "long.toml").write_text(RECIPE.replace("steps = 12", "steps = 100000"))

@@ -36,7 +36,13 @@ def train(
         base = Path() if recipe in shipped() else path.parent  # a shipped recipe reads the user's own files
         run = start(load_recipe(path, setting or []), out or Path("runs") / path.stem, base)
     try:
-        Trainer(run).train()
+        trainer = Trainer(run)
+    except QkvError:
+        if resume is None:
+            run.discard()
+        raise
+    try:
+        trainer.train()
     except Stopped as stopped:
         print(f"qkv: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None

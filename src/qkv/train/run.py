@@ -69,6 +69,13 @@ class Run:
         write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False))
         return cls(folder)
 
+    def discard(self) -> None:
+        """Take back a run that cannot begin; what else stands in its folder stays."""
+        for name in (RUN, "tokenizer.json", "target_tokenizer.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
     # --- checkpoints ---
 
     def save(self, model: Module, moment: Moment, *, best: bool) -> None:
