@@ -1,4 +1,4 @@
-"""The definitions; the blocked form is checked against them."""
+"""The definitions; `Scores` are checked against them."""
 
 import torch
 from torch import Tensor
