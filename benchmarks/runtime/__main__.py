@@ -2,6 +2,7 @@
 
     python -m benchmarks.runtime [decode prefill batch start sentences translation attention]
     python -m benchmarks.runtime --threads 2 --rounds 5 --csv results.csv
+    python -m benchmarks.runtime --without bf16         # where no instruction multiplies bfloats, torch takes minutes
 
 Each work is done by every form in a process of its own, in turn (A B C A B C …), so that a machine whose speed drifts
 meets all of them; printed are medians, least and most, of each and of the ratios within a round. What the machine can
@@ -25,6 +26,9 @@ def main() -> None:
     parser.add_argument("works", nargs="*", metavar="work", help=f"some of {', '.join(WORKS)}; all by default")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="word", help="leave out forms with these in the name"
+    )
     parser.add_argument("--csv", type=Path, help="add the figures to this file")
     parser.add_argument("--quick", action="store_true", help="one round of little work, to see that everything runs")
     options = parser.parse_args()
@@ -43,7 +47,7 @@ def main() -> None:
         print("a quick run: it shows that everything runs, and its figures mean nothing")
     with tempfile.TemporaryDirectory() as folder:
         rounds = 1 if options.quick else options.rounds
-        settings = Settings(options.threads, rounds, options.quick, Path(folder), options.csv)
+        settings = Settings(options.threads, rounds, options.quick, Path(folder), options.csv, options.without)
         for name in options.works or WORKS:
             for work in import_module(f"benchmarks.runtime.{name}").works(settings):
                 compare(work, settings)

@@ -43,6 +43,8 @@ class Settings:
     folder: Path
     """For files that are made on the way; it is removed at the end."""
     csv: Path | None = None
+    without: Sequence[str] = ()
+    """Forms whose name holds one of these words are left out."""
 
     def size(self, full: int, quick: int) -> int:
         return quick if self.quick else full
@@ -166,6 +168,8 @@ def compare(work: Work, settings: Settings) -> None:
     contenders, found = [], dict[str, list[Measured]]()
     try:
         for form in work.forms:
+            if any(word in form.name for word in settings.without):
+                continue
             contenders.append(Contender(form, settings.threads))
         outputs = {one.form.name: one.said for one in contenders if one.state == "ready"}
         before = measure_limits(settings.threads)

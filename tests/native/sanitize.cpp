@@ -350,11 +350,11 @@ bool same(const Sizes& s, int positions, const std::vector<std::vector<std::vect
   return true;
 }
 
-// Blocks to tiles: 19 rows of two blocks, the tiles in turn with another matrix's.
+// Blocks to tiles: rows of two blocks, the tiles in turn with another matrix's.
 bool packed() {
   for (int id : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14}) {
     const Format& from = *format(id);
-    const int inputs = 2 * from.weights, rows = 19;
+    const int inputs = 2 * from.weights, rows = LANES + 3;
     std::vector<uint8_t> blocks((size_t)rows * 2 * from.bytes);
     for (auto& byte : blocks) byte = source() & 0xbb;  // no half of these is infinite
     const int64_t size = qkv_tile_bytes(qkv_store(id), inputs);

@@ -10,7 +10,7 @@ from qkv.decode import Beam, decode
 from qkv.models import EncoderDecoder
 from qkv.native import fast
 from qkv.native.cache import Held, Paged, Pages
-from qkv.native.library import PAGE
+from qkv.native.library import PAGE, lanes
 from qkv.native.program import Pass
 from tests.contracts.specs import VOCAB, decoders, pairs, rough
 
@@ -24,6 +24,11 @@ def filled(pages: Pages, *lengths: int) -> Paged:
         for n in range(count):
             pages.memory[cell.table[row, n]].fill_(10 * row + n)
     return cell
+
+
+def whole(width: int) -> int:
+    """So many numbers in whole vectors."""
+    return -(-width // lanes()) * lanes()
 
 
 def content(cell: Paged) -> list[list[int]]:
@@ -150,7 +155,7 @@ def test_memory_is_bounded_by_what_texts_fill() -> None:
         assert state.bytes() == 8 * pages.size
         one = model.programs["stack"].build
         layers, groups, width = 2, 2, model.stack.layer(0).attn.f.head_width
-        assert pages.size == one.page == layers * groups * PAGE * (width + 16) * 4
+        assert pages.size == one.page == layers * groups * PAGE * (width + whole(width)) * 4
     assert sum(len(page) > 0 for page in pages.memory) <= 16  # the new state is made before the old one dies
     for n in range(1, 40):  # a beam that is chosen from again and again
         state.select(torch.tensor([n % 4, 0, 0, 3]))
@@ -164,5 +169,5 @@ def test_an_encoder_keeps_one_layers_keys() -> None:
     model, (pages, *_) = programs("t5-small")
     model.encode(torch.zeros(40, 60, dtype=torch.long))
     body = model.encoder.layer(0).attn.f
-    assert pages.size == body.groups * PAGE * (body.head_width + 16) * 4
+    assert pages.size == body.groups * PAGE * (body.head_width + whole(body.head_width)) * 4
     assert sum(len(page) > 0 for page in pages.memory) <= 8

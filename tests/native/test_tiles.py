@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.errors import QkvError
-from qkv.native.library import ACTS, INPUT, OUTPUT, Kind, NormKind
+from qkv.native.library import ACTS, INPUT, OUTPUT, Kind, NormKind, lanes
 from qkv.native.tiles import Arena, store_of
 from qkv.ops.blocks import fields
 from qkv.ops.blocks.layout import BLOCKS
@@ -135,7 +135,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def padded(bias: Tensor) -> Tensor:
-    return F.pad(bias, (0, -len(bias) % 16))
+    return F.pad(bias, (0, -len(bias) % lanes()))
 
 
 @pytest.mark.parametrize("format", [*DENSE, "Q4_1", "Q8_0", "Q2_K", "Q6_K"])
@@ -167,7 +167,7 @@ def test_a_gate_multiplies(format: str, hidden: int) -> None:
     read = x[:, :inputs].contiguous()
     a, b = naive(gate, read), naive(up, read)
     bias = [random(hidden, seed=n) * float(one.std()) for n, one in ((2, a), (3, b))]
-    tiles = torch.stack([padded(one).view(-1, 16) for one in bias], 1).flatten()
+    tiles = torch.stack([padded(one).view(-1, lanes()) for one in bias], 1).flatten()
     expected = F.silu(a + bias[0].double()) * (b + bias[1].double()) + x[:, :hidden].double()
     more: dict[str, Any] = {"gated": True, "bias": tiles, "act": ACTS.index("silu"), "residual": INPUT}
     found = product([gate, up], x, hidden, **more)

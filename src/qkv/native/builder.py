@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.masks import Mask
-from qkv.native.library import ACTS, LANES, PAGE, Kind, NormKind
+from qkv.native.library import ACTS, PAGE, Kind, NormKind, lanes
 from qkv.native.tiles import Arena, store_of
 from qkv.parts.block import LayerScale
 from qkv.parts.linear import Linear
@@ -101,16 +101,12 @@ class Builder:
             Kind.LINEAR, **{"in": read.buffer}, out=add.buffer, residual=add.residual, out_at=at, inputs=inputs,
             outputs=outputs, store=store, weight=self.arena.tiles(weights, gated=gated), act=ACTS.index(act),
             gated=gated, **(norm_fields(self, read.norm) if read.norm is not None else {}),
-            **({"bias": bias} if bias is not None else {}), **more,
+            **({"bias": whole_tiles(bias)} if bias is not None else {}), **more,
         )  # fmt: skip
 
     def biases(self, layers: Sequence[Linear], gated: bool) -> Tensor:
-        rows = [
-            F.pad(torch.zeros(n) if layer.bias is None else layer.bias.detach().float(), (0, -n % LANES))
-            for layer in layers
-            for n in [len(layer.weight)]
-        ]
-        return torch.stack([row.view(-1, LANES) for row in rows], 1).flatten() if gated else torch.cat(rows)
+        rows = [whole_tiles(torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias) for layer in layers]
+        return torch.stack([row.view(-1, lanes()) for row in rows], 1).flatten() if gated else torch.cat(rows)
 
     def normalise(self, norm: nn.Module | None, source: int, add: Add) -> None:
         """norm(source); no norm copies."""
@@ -146,12 +142,17 @@ class Builder:
         return at, at + keys
 
 
+def whole_tiles(bias: Tensor) -> Tensor:
+    """Numbers of outputs as the kernels read them, with zeros up to whole tiles."""
+    return F.pad(bias.detach().float(), (0, -len(bias) % lanes()))
+
+
 def groups(layers: Sequence[Linear]) -> list[list[Linear]]:
     """Neighbours that can be one product: kept alike, whole tiles but for the last."""
     made: list[list[Linear]] = []
     for layer in layers:
         last = made[-1][-1] if made else None
-        alike = last is not None and store_of(last.weight) == store_of(layer.weight) and len(last.weight) % LANES == 0
+        alike = last is not None and store_of(last.weight) == store_of(layer.weight) and len(last.weight) % lanes() == 0
         made[-1].append(layer) if alike else made.append([layer])
     return made
 
@@ -180,4 +181,4 @@ def norm_fields(build: Builder, norm: Any) -> Fields:
 def cache_bytes(groups: int, width: int, wide: bool) -> tuple[int, int]:
     """The bytes of a page's keys and of its values."""
     one = 4 if wide else 2
-    return groups * PAGE * width * one, groups * PAGE * -(-width // LANES) * LANES * one
+    return groups * PAGE * width * one, groups * PAGE * -(-width // lanes()) * lanes() * one

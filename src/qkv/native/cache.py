@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.native.library import LANES, PAGE, Cache
+from qkv.native.library import PAGE, Cache, lanes
 
 
 class Pages:
@@ -50,7 +50,7 @@ class Pages:
         if self.run is None:
             new[:] = old
         else:
-            part = self.run * -(-used // LANES) // (PAGE // LANES)
+            part = self.run * -(-used // lanes()) // (PAGE // lanes())
             new.reshape(-1, self.run)[:, :part] = old.reshape(-1, self.run)[:, :part]
         return made
 

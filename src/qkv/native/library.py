@@ -46,7 +46,7 @@ class Store(IntFlag):
         return self >= Store.FLOAT
 
 
-PAGE, LANES, BLOCK = 64, 16, 32
+PAGE, BLOCK = 64, 32
 INPUT, OUTPUT = 0, 1
 FAR = 2**31 - 1
 """A query that sees as far as there is anything."""
@@ -111,12 +111,19 @@ def library() -> ct.CDLL:
     lib.qkv_maxima.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p]
     lib.qkv_sums.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p, ct.c_float, ct.c_void_p]
     lib.qkv_maxima.restype = lib.qkv_sums.restype = None
+    lib.qkv_lanes.argtypes, lib.qkv_lanes.restype = [], ct.c_int
     lib.qkv_tile_bytes.argtypes, lib.qkv_tile_bytes.restype = [ct.c_int, ct.c_int64], ct.c_int64
     lib.qkv_store.argtypes, lib.qkv_store.restype = [ct.c_int], ct.c_int
     lib.qkv_pack.argtypes = [ct.c_int, ct.c_void_p, ct.c_int, ct.c_int, ct.c_void_p, ct.c_int64]
     lib.qkv_pack.restype = ct.c_int
     assert (lib.qkv_op_bytes(), lib.qkv_call_bytes()) == (ct.sizeof(Op), ct.sizeof(Call))
     return lib
+
+
+@cache
+def lanes() -> int:
+    """How many numbers one of this processor's vectors holds, and so how many outputs a tile has."""
+    return int(library().qkv_lanes())
 
 
 class Engine:

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.native.builder import Add, Builder, Fields, Read, Unlowered
-from qkv.native.library import LANES, OUTPUT, Kind
+from qkv.native.library import OUTPUT, Kind
 from qkv.native.mixers import act, lower
 from qkv.native.tiles import store_of
 from qkv.parts.block import BlockModule, ParallelModule
@@ -82,7 +81,6 @@ def head(build: Builder, module: VocabularyHead, table: Tensor) -> None:
     more: Fields = {} if spec.scale is None else {"scale": spec.scale}
     if spec.softcap is not None:
         more |= {"softcap": spec.softcap}
-    bias = None if module.bias is None else F.pad(module.bias.detach().float(), (0, -len(weight) % LANES))
     build.widths[OUTPUT] = len(weight)
-    build.product([weight], read, Add(OUTPUT), len(weight), bias, "identity" if spec.softcap is None else "softcap",
-                  **more)  # fmt: skip
+    act_of = "identity" if spec.softcap is None else "softcap"
+    build.product([weight], read, Add(OUTPUT), len(weight), module.bias, act_of, **more)

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.native.builder import Add, Builder, Fields, Read, Unlowered, norm_fields
-from qkv.native.library import ACTS, LANES, FeatureKind, Kind, NormKind, RuleKind
+from qkv.native.library import ACTS, FeatureKind, Kind, NormKind, RuleKind
 from qkv.native.mixers import act, convolve, lowers, place, reach, turns
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.memory import Add as Sum
@@ -76,9 +75,7 @@ def product(build: Builder, layer: Linear, read: Read, add: Add, bias: Tensor | 
     """W x + b, where b is not the layer's own."""
     if layer.adapters:
         raise Unlowered("an adapter: merge it first")
-    rows = len(layer.weight)
-    padded = None if bias is None else F.pad(bias.detach().float(), (0, -rows % LANES))
-    build.product([layer.weight], read, add, rows, padded, **more)
+    build.product([layer.weight], read, add, len(layer.weight), bias, **more)
 
 
 def project(build: Builder, layer: Project, read: Read, name: str, sign: float = 1.0, **more: Any) -> int:
@@ -192,8 +189,7 @@ def rwkv6(build: Builder, body: Any, read: Read, add: Add) -> None:
     shift(build, x, shifted, body.mix_all, 1 - body.mix_all)
     build.product([body.mix_down], Read(shifted), Add(low), STREAMS * rank, act="tanh")
     for n, (up, bias) in enumerate(zip(body.mix_up.split(rank, 1), body.mix, strict=True)):
-        padded = F.pad(bias.detach().float(), (0, -width % LANES))
-        build.product([up.detach().contiguous()], Read(low), Add(streams), width, padded, at=n * width, in_at=n * rank)
+        build.product([up.detach().contiguous()], Read(low), Add(streams), width, bias, at=n * width, in_at=n * rank)
     build.add(Kind.MIX, **{"in": streams}, out=streams, keys=back, residual=x, inputs=width, groups=STREAMS)
     for n, layer, out, at in (
         (0, body.r, every, 2 * width), (2, body.k, every, width), (3, body.v, every, 0), (4, body.g, gate, 0)

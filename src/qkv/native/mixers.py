@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.context import Context
 from qkv.masks import All, Causal, Full, Mask, Window
 from qkv.native.builder import Add, Builder, Fields, Read, Unlowered, norm_fields
-from qkv.native.library import ACTS, FAR, LANES, Kind, NormKind
+from qkv.native.library import ACTS, FAR, Kind, NormKind
 from qkv.parts.experts import Experts, TopK
 from qkv.parts.feedforward import FeedForward, Gated
 from qkv.parts.linear import Linear
@@ -182,9 +181,7 @@ def step_sizes(build: Builder, layer: Linear, bias: Tensor, read: Read, steps: i
     if layer.adapters:
         raise Unlowered("an adapter: merge it first")
     whole = bias.detach().float() if layer.bias is None else bias.detach().float() + layer.bias.detach().float()
-    build.product(
-        [layer.weight], read, Add(steps), len(layer.weight), F.pad(whole, (0, -len(whole) % LANES)), "softplus"
-    )
+    build.product([layer.weight], read, Add(steps), len(whole), whole, "softplus")
 
 
 def key_norms(build: Builder, body: Any) -> Fields:

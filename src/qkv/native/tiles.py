@@ -1,4 +1,4 @@
-"""Weights in the tiles of 16 outputs that the kernels multiply (`kernels/tiles.h` draws them)."""
+"""Weights in the tiles that the kernels multiply (`kernels/tiles.h` draws them)."""
 
 import mmap
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.errors import QkvError
-from qkv.native.library import LANES, Store, library
+from qkv.native.library import Store, lanes, library
 from qkv.ops.blocks.layout import BLOCKS, FLOATS
 from qkv.ops.blocks.packed import Packed
 
@@ -52,7 +52,7 @@ class Arena:
     def fill(self, weights: Sequence[Tensor], gated: bool) -> Tensor:
         store, inputs = store_of(weights[0]), weights[0].shape[1]
         size = library().qkv_tile_bytes(store, inputs)
-        counts = [-(-len(weight) // LANES) for weight in weights]
+        counts = [-(-len(weight) // lanes()) for weight in weights]
         out = self.take(size * sum(counts)).view(sum(counts), size)
         at = 0
         for n, (weight, count) in enumerate(zip(weights, counts, strict=True)):
@@ -71,14 +71,14 @@ def store_of(weight: Tensor) -> Store:
 
 
 def fill_dense(weight: Tensor, tiles: Tensor) -> None:
-    """Rows → tiles × inputs × 16, or of bfloats tiles × inputs / 2 × 16 × 2, a megabyte or so at a time."""
+    """Rows → tiles × inputs × lanes, or of bfloats tiles × inputs / 2 × lanes × 2, a megabyte or so at a time."""
     dtype, pair = (torch.bfloat16, 2) if store_of(weight) == Store.BFLOAT else (torch.float32, 1)
-    step = max(1, (1 << 20) // (LANES * weight.shape[1]))
+    step = max(1, (1 << 20) // (lanes() * weight.shape[1]))
     for at in range(0, len(tiles), step):
-        rows, target = weight[LANES * at : LANES * (at + step)].detach(), tiles[at : at + step]
+        rows, target = weight[lanes() * at : lanes() * (at + step)].detach(), tiles[at : at + step]
         rows = (rows.dequantise() if isinstance(rows, Packed) else rows).to(dtype)
-        rows = F.pad(rows, (0, -rows.shape[1] % pair, 0, LANES * len(target) - len(rows)))
-        columns = rows.unflatten(1, (-1, pair)).unflatten(0, (-1, LANES)).transpose(1, 2)
+        rows = F.pad(rows, (0, -rows.shape[1] % pair, 0, lanes() * len(target) - len(rows)))
+        columns = rows.unflatten(1, (-1, pair)).unflatten(0, (-1, lanes())).transpose(1, 2)
         target.view(dtype).view(columns.shape).copy_(columns)
 
 

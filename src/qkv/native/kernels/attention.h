@@ -1,6 +1,6 @@
 // Attention over a paged cache. In a page, for each head of keys and values:
-//   keys    PAGE/16 × head_width × 16   sixteen positions side by side, so that a score needs no sum across lanes
-//   values  PAGE × width                width is head_width rounded up to 16
+//   keys    PAGE/LANES × head_width × LANES   positions side by side, so that a score needs no sum across lanes
+//   values  PAGE × width                      width is head_width rounded up to whole vectors
 #pragma once
 #include <algorithm>
 
@@ -18,7 +18,7 @@ inline int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
 
 inline void rotate(float* x, int turned, const float* cos, const float* sin) {
   const int n = turned / 2;
-  sixteens(n, [&](int at, int some) {
+  vectors(n, [&](int at, int some) {
     F a = load(x + at, some), b = load(x + n + at, some), c = load(cos + at, some), s = load(sin + at, some);
     store(x + at, a * c - b * s, some);
     store(x + n + at, b * c + a * s, some);
@@ -35,7 +35,7 @@ void write_head(const Op& op, const Call& call, int row, int head, float* x) {
   if ((query || key) && op.turned)
     rotate(x, op.turned, op.cos + (int64_t)position * op.turned / 2, op.sin + (int64_t)position * op.turned / 2);
   if (query) {
-    sixteens(width, [&](int at, int some) { store(x + at, load(x + at, some) * op.scale, some); });
+    vectors(width, [&](int at, int some) { store(x + at, load(x + at, some) * op.scale, some); });
     return;
   }
   const Cache& cache = op.memory ? call.memory : call.text;
@@ -43,14 +43,14 @@ void write_head(const Op& op, const Call& call, int row, int head, float* x) {
   const int at = position % PAGE, group = (head - heads) % groups;
   if (key) {
     T* keys = (T*)(page + op.keys_at) + (int64_t)group * PAGE * width + at / LANES * LANES * width + at % LANES;
-    sixteens(width, [&](int i, int some) {
+    vectors(width, [&](int i, int some) {
       T column[LANES];
       kept(load(x + i, some), column);
       for (int k = 0; k < some; k++) keys[LANES * (i + k)] = column[k];
     });
   } else {
     T* values = (T*)(page + op.values_at) + ((int64_t)group * PAGE + at) * padded(width);
-    sixteens(width, [&](int i, int some) { kept(load(x + i, some), values + i); });  // whose rows are whole sixteens
+    vectors(width, [&](int i, int some) { kept(load(x + i, some), values + i); });  // whose rows are whole vectors
   }
 }
 
@@ -63,18 +63,19 @@ struct Query {
   int from, to;           // the positions that it sees
 };
 
-// softmax(q K) V for N queries of one head, positions 16 at a time; `scores` holds N rows of `stride` floats.
+// softmax(q K) V for N queries of one head, a vector of positions at a time; `scores` holds N rows of `stride` floats.
 // What each query sums, and in what order, does not depend on the queries beside it.
 template <class T, int N>
 void attend(const Op& op, const Cache& cache, int text, int group, const Query* queries, float* scores, int stride) {
+  constexpr int SIDES = REGISTERS / 2 / N >= 4 ? 4 : REGISTERS / 2 / N >= 2 ? 2 : 1;  // vectors for each query
   const int width = op.head_width, wide = padded(width);
   int from = queries[0].from, to = queries[0].to;
   for (int i = 1; i < N; i++) from = std::min(from, queries[i].from), to = std::max(to, queries[i].to);
   const int first = from / LANES, last = (std::max(to, from) + LANES - 1) / LANES;
-  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const I lane = counted();
   F most[N];
   for (int i = 0; i < N; i++) most[i] = splat(-INFINITY);
-  const auto score = [&]<int SIDE>(int b) {  // `SIDE` sixteens of keys, which share what is read of the queries
+  const auto score = [&]<int SIDE>(int b) {  // `SIDE` vectors of keys, which share what is read of the queries
     const T* keys = (const T*)(cache.page(text, b * LANES / PAGE) + op.keys_at) +
                     ((int64_t)group * PAGE + b * LANES % PAGE) * width;
     F sums[N][SIDE] = {};
@@ -100,13 +101,18 @@ void attend(const Op& op, const Cache& cache, int text, int group, const Query* 
   };
   for (int b = first; b < last;) {
     const int whole = b % 4 ? b % 2 ? 1 : 2 : 4;  // no more than its page holds
-    const int side = std::min(last - b, whole);
-    if constexpr (N < 8)
+    const int side = std::min({last - b, whole, SIDES});
+    if constexpr (SIDES >= 4)
       if (side == 4) {
         b = score.template operator()<4>(b);
         continue;
       }
-    b = side > 1 ? score.template operator()<2>(b) : score.template operator()<1>(b);
+    if constexpr (SIDES >= 2)
+      if (side >= 2) {
+        b = score.template operator()<2>(b);
+        continue;
+      }
+    b = score.template operator()<1>(b);
   }
   float inverse[N];
   for (int i = 0; i < N; i++) {
@@ -122,17 +128,16 @@ void attend(const Op& op, const Cache& cache, int text, int group, const Query* 
     const float whole = sum(all);
     inverse[i] = whole > 0 ? 1 / whole : 0;  // a query that sees nothing gives zeros
   }
-  constexpr int WIDE = N <= 4 ? 4 : 2;
-  for (int c = 0; c < wide; c += WIDE * LANES) {
-    const int columns = std::min(WIDE, (wide - c) / LANES);
-    F sums[N][WIDE] = {};
+  for (int c = 0; c < wide; c += SIDES * LANES) {
+    const int columns = std::min(SIDES, (wide - c) / LANES);
+    F sums[N][SIDES] = {};
     for (int b = first; b < last; b++) {
       const T* values = (const T*)(cache.page(text, b * LANES / PAGE) + op.values_at) +
                         ((int64_t)group * PAGE + b * LANES % PAGE) * wide + c;
       const float* p = scores + (b - first) * LANES;
       const int begin = std::max(0, from - b * LANES), end = std::min(LANES, to - b * LANES);
       for (int j = begin; j < end; j++)
-        for (int u = 0; u < WIDE; u++) {
+        for (int u = 0; u < SIDES; u++) {
           if (u >= columns) break;
           F v = load(values + (int64_t)j * wide + u * LANES);
 #pragma GCC unroll 8

@@ -126,7 +126,7 @@ inline bool pack(const Format& from, const uint8_t* rows, int count, int inputs,
       from.unpack(rows + row * stride + p / in_block * from.bytes, p % in_block, part);
       if (!(store & BITS8))
         for (int i = 0; i < 16; i++) part.q[i] |= part.q[i + 16] << 4;
-      for (int v = 0; v < (store & BITS8 ? 8 : 4); v++) memcpy(numbers + 64 * v, part.q + 4 * v, 4);
+      for (int v = 0; v < (store & BITS8 ? 8 : 4); v++) memcpy(numbers + VECTOR * v, part.q + 4 * v, 4);
       for (int table = 0; table < tables; table++)
         for (int h = 0; h < halves; h++, scales += LANES) {
           *scales = to_half(table ? part.m[h] : part.d[h]);

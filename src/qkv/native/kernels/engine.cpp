@@ -159,7 +159,7 @@ class Engine {
     for (auto& own : own_) {
       own.row.as<float>(program_->widest);
       own.plain.as<float>(program_->widest);
-      own.q.as<int8_t>(program_->widest);
+      own.q.as<int8_t>(Dot<true>::BYTES / 4 * program_->widest);
       own.blocks.as<Block>(program_->widest / BLOCK);
       own.scores.as<float>((size_t)QUERIES * (longest_ + 2 * PAGE));
     }
@@ -263,7 +263,7 @@ class Engine {
     const float* position = op.position ? op.position + (int64_t)call_->positions[row] * op.outputs : nullptr;
     const int segment = call_->segments ? call_->segments[row] : 0;
     const float* added = op.segment ? op.segment + (int64_t)segment * op.outputs : nullptr;
-    sixteens(op.outputs, [&](int i, int n) {
+    vectors(op.outputs, [&](int i, int n) {
       F v = load(x + i, n) * op.scale;
       if (position) v += load(position + i, n);
       if (added) v += load(added + i, n);
@@ -279,7 +279,7 @@ class Engine {
     float* normed = own.row.as<float>(op.inputs);
     norm_row(op.norm, x, op.inputs, op.eps, op.norm_weight, op.norm_bias, normed);
     const float* residual = at(op.residual, row);
-    sixteens(op.inputs, [&](int i, int n) { store(y + i, load(residual + i, n) + load(normed + i, n), n); });
+    vectors(op.inputs, [&](int i, int n) { store(y + i, load(residual + i, n) + load(normed + i, n), n); });
   }
 
   struct Operand {  // rows as a product reads them: packed, or floats or pairs of bfloats
@@ -290,18 +290,18 @@ class Engine {
   // Row `to` of a product's operand: normalised, scaled, and kept as the weights are.
   void read(const Op& op, int row, int offset, const Operand& operand, int64_t to, Scratch& passing) {
     const float* x = at(op.in, row, op.in_at + offset);
-    float* plain = operand.plain + to * columns(op.store, op.inputs);
+    float* plain = operand.plain + to * columns(op.store, op.inputs) * words(op.store);
     if (op.norm || op.scale != 1) {
       float* normed = op.store == FLOAT ? plain : passing.as<float>(op.inputs);
       if (op.norm) norm_row(op.norm, x, op.inputs, op.eps, op.norm_weight, op.norm_bias, normed);
       if (op.scale != 1) {
         const float* from = op.norm ? normed : x;
-        sixteens(op.inputs, [&](int i, int n) { store(normed + i, load(from + i, n) * op.scale, n); });
+        vectors(op.inputs, [&](int i, int n) { store(normed + i, load(from + i, n) * op.scale, n); });
       }
       x = normed;
     }
     if (!dense(op.store)) quantise(x, operand.packed.row(to));
-    else if (op.store == BFLOAT) round_row(x, op.inputs, (bfloat*)plain);
+    else if (op.store == BFLOAT) round_row(x, op.inputs, plain);
     else if (x != plain) copy(x, plain, op.inputs);
   }
 
@@ -353,11 +353,11 @@ class Engine {
 
   Operand operand(const Op& op) {
     void* rows = q_.reserve(0);
-    return {{(int8_t*)rows, (Block*)blocks_.reserve(0), op.inputs}, (float*)rows};
+    return {{(int8_t*)rows, (Block*)blocks_.reserve(0), op.inputs, op.store}, (float*)rows};
   }
 
   static Operand own_operand(const Op& op, Own& own) {
-    return {{own.q.as<int8_t>(op.inputs), own.blocks.as<Block>(op.inputs / BLOCK), op.inputs},
+    return {{own.q.as<int8_t>(0), own.blocks.as<Block>(op.inputs / BLOCK), op.inputs, op.store},
             own.plain.as<float>(op.inputs)};
   }
 
@@ -365,8 +365,7 @@ class Engine {
   template <class Where>
   void products(const Op& op, const uint8_t* weight, const Operand& x, int first, int last, int from, int to,
                 Where where) {
-    constexpr int TILES = 4;
-    float out[TILES][ROWS * LANES];
+    float out[4][ROWS * LANES];
     const int unit = op.gated ? 2 : 1, step = dense(op.store) ? TILES : 2;
     const int64_t bytes = tile_bytes(op.store, op.inputs);
     for (int row = first; row < last; row += ROWS) {
@@ -375,7 +374,7 @@ class Engine {
         const int tiles = std::min(step, to * unit - tile);
         const uint8_t* w = weight + tile * bytes;
         const int wide = columns(op.store, op.inputs);
-        const float* some = x.plain + (int64_t)row * wide;
+        const float* some = x.plain + (int64_t)row * wide * words(op.store);
         if (op.store == FLOAT) dense_tiles<FLOAT>(w, tiles, some, wide, rows, out[0]);
         else if (op.store == BFLOAT) dense_tiles<BFLOAT>(w, tiles, some, wide, rows, out[0]);
         else packed_tiles(op.store, w, tiles, bytes, x.packed.row(row), rows, out[0], row == first);
@@ -407,7 +406,7 @@ class Engine {
   void add(const Op& op, int row) {
     const float *from = at(op.residual, row), *made = at(op.in, row);
     float* to = at(op.out, row);
-    sixteens(op.inputs, [&](int i, int n) {
+    vectors(op.inputs, [&](int i, int n) {
       F x = load(made + i, n);
       for (int c = 1; c < op.choices; c++) x += load(made + c * op.inputs + i, n);
       store(to + i, load(from + i, n) + x, n);
@@ -509,7 +508,7 @@ class Engine {
     for (int part = 0; part < op.groups; part++) {
       const float *x = at(op.in, row, part * op.inputs), *by = at(op.keys, row);
       float* y = at(op.out, row, part * op.inputs);
-      sixteens(op.inputs, [&](int i, int n) {
+      vectors(op.inputs, [&](int i, int n) {
         const F added = op.residual < 0 ? F{} : load(at(op.residual, row, i), n);
         store(y + i, fma(load(x + i, n), load(by + i, n), added), n);
       });
@@ -578,6 +577,8 @@ int qkv_store(int format) {
 int qkv_pack(int format, const uint8_t* rows, int count, int inputs, uint8_t* tiles, int64_t apart) {
   return qkv::pack(*qkv::format(format), rows, count, inputs, tiles, apart);
 }
+
+int qkv_lanes() { return qkv::LANES; }
 
 int64_t qkv_tile_bytes(int store, int64_t inputs) { return qkv::tile_bytes(store, inputs); }
 }

@@ -18,7 +18,7 @@ struct Rows {
   float* row(int64_t r) const { return first + r * width; }
 };
 
-// y_t = act(Σ_i w_i x_{t−k+1+i} + b), each of n ≤ 16 channels by itself. `held` are the last k − 1 inputs, channels apart
+// y_t = act(Σ_i w_i x_{t−k+1+i} + b), each of n ≤ LANES channels by itself. `held` are the last k − 1 inputs, channels apart
 // `op.inputs`; weights are k × op.inputs.
 inline void convolve(const Op& op, Rows in, Rows out, int rows, int channel, int n, float* held) {
   const int taps = op.taps;
@@ -38,7 +38,7 @@ inline void convolve(const Op& op, Rows in, Rows out, int rows, int channel, int
   }
 }
 
-// h_t = e^{Δ_t A} h_{t−1} + Δ_t x_t B_t, y_t = (C_t h_t + D x_t) silu(z_t), for n ≤ 16 channels with N states each.
+// h_t = e^{Δ_t A} h_{t−1} + Δ_t x_t B_t, y_t = (C_t h_t + D x_t) silu(z_t), for n ≤ LANES channels with N states each.
 // A and h are N × channels; B and C stand side by side in a row of `keys`.
 inline void scan(const Op& op, Rows x, Rows steps, Rows keys, Rows gate, Rows out, int rows, int channel, int n,
                  float* h) {
@@ -67,7 +67,7 @@ inline void feature(const Op& op, float* x, int position) {
   F top = splat(-INFINITY);
   if (op.feature == SOFTMAX)
     for (int i = 0; i < n; i++) top = max(top, splat(x[i]));
-  sixteens(n, [&](int at, int some) {
+  vectors(n, [&](int at, int some) {
     F v = load(x + at, some);
     switch (op.feature) {
       case POINTWISE:
@@ -79,7 +79,7 @@ inline void feature(const Op& op, float* x, int position) {
   });
   if (op.feature == SOFTMAX || op.feature == UNIT) {
     const float scale = op.feature == UNIT ? 1 / std::sqrt(squares(x, n, 0) + op.eps) : 1 / total(x, n);
-    sixteens(n, [&](int at, int some) { store(x + at, load(x + at, some) * scale, some); });
+    vectors(n, [&](int at, int some) { store(x + at, load(x + at, some) * scale, some); });
   }
   const int64_t row = (int64_t)position * op.turned / 2;
   if (op.turned) rotate(x, op.turned, op.cos + row, op.sin + row);
@@ -89,7 +89,7 @@ inline void feature(const Op& op, float* x, int position) {
 // SOFTPLUS; for an EXPONENTIAL rule its logarithm. Without an `a` the key is tied to it, k = most σ(−x), and 1 − k left.
 inline void decay(const Op& op, const float* x, float* out, float* keys, int group) {
   const int n = op.shares, heads = op.heads / op.groups;
-  sixteens(n, [&](int at, int some) {
+  vectors(n, [&](int at, int some) {
     F y = load(x + at, some);
     if (op.decay) {
       y = (op.act == SOFTPLUS ? softplus(y) : exp(y)) * op.decay[group];
@@ -108,7 +108,7 @@ inline void decay(const Op& op, const float* x, float* out, float* keys, int gro
 //   BONUS writes k vᵀ once S_{t−1} + (u ⊙ k) vᵀ has been read
 // A row of `in` holds v of all heads, then k, then q of all groups; one of `steps` Δ, or e^g (1 or K to a head), or g
 // where it is EXPONENTIAL; none, or a constant a beside none, is the same decay for all tokens.
-// S is K × V, in blocks of at most 64 columns, each by itself; after those of all heads come n (K) and m of each.
+// S is K × V, in blocks of at most 4 vectors of columns, each by itself; after those of all heads come n (K) and m of each.
 struct Recall {
   const Op& op;
   Rows in, steps, writes, gate, out;
@@ -152,7 +152,7 @@ struct Recall {
       float *g = steps.row(r) + head * op.shares, *i = writes.row(r) + head;
       if (op.decay) *g = op.decay[head];
       const float now = std::max(*std::max_element(g, g + op.shares) + *m, *i), less = *m - now;
-      sixteens(op.shares, [&](int at, int n) { store(g + at, exp(load(g + at, n) + less), n); });
+      vectors(op.shares, [&](int at, int n) { store(g + at, exp(load(g + at, n) + less), n); });
       const F both = exp(F{*i - now, -now});
       i[0] = both[0], i[op.heads] = both[1], *m = now;
     }
@@ -167,7 +167,7 @@ struct Recall {
     }
   }
 
-  // N sixteens of columns from `at` on, the last of them perhaps not whole.
+  // N vectors of columns from `at` on, the last of them perhaps not whole.
   template <int N, Rule RULE, bool EACH>
   void columns(int at) const {
     const int last = std::min<int64_t>(LANES, V - at - (N - 1) * LANES), wide = (N - 1) * LANES + last;
@@ -189,7 +189,7 @@ struct Recall {
       for (int u = 0; u < N; u++) v[u] *= write;
       if (RULE == BONUS) {
         F own{};
-        sixteens(K, [&](int s, int n) {
+        vectors(K, [&](int s, int n) {
           own = fma(load(op.skip + head * K + s, n) * load(k + s, n), load(q + s, n), own);
         });
         for (int u = 0; u < N; u++) y[u] = v[u] * sum(own);
@@ -213,7 +213,7 @@ struct Recall {
       const float *row = in.row(r), *left = op.shares > 1 ? steps.row(r) + head * K : nullptr;
       const float one = left ? 1 : share(r), write = written(r);
       F sums{};
-      sixteens(K, [&](int at, int some) {
+      vectors(K, [&](int at, int some) {
         const F by = left ? load(left + at, some) : splat(one);
         const F now = fma(load(n + at, some), by, load(row + key + at, some) * write);
         store(n + at, now, some);
@@ -221,7 +221,7 @@ struct Recall {
       });
       float whole = sum(sums) * op.scale;
       if (op.rule == EXPONENTIAL) whole = std::max(std::fabs(whole), writes.row(r)[op.heads + head]);
-      sixteens(V, [&](int at, int some) {
+      vectors(V, [&](int at, int some) {
         float* y = out.row(r) + value + at;
         store(y, load(y, some) / (whole + op.least), some);
       });
@@ -230,7 +230,7 @@ struct Recall {
 
   void finish(int r) const {
     float* y = out.row(r) + value;
-    sixteens(V, [&](int at, int n) {
+    vectors(V, [&](int at, int n) {
       F x = load(y + at, n) * op.scale;
       if (op.rule == STEP) x = fma(load(in.row(r) + value + at, n), splat(op.skip[head]), x);
       store(y + at, x, n);
@@ -238,7 +238,7 @@ struct Recall {
     const float* bias = op.norm_bias ? op.norm_bias + value : nullptr;
     if (op.norm) norm_row(op.norm, y, V, op.eps, op.norm_weight + value, bias, y);
     if (!gate.first) return;
-    sixteens(V, [&](int at, int n) {
+    vectors(V, [&](int at, int n) {
       store(y + at, load(y + at, n) * activated(op.act, load(gate.row(r) + value + at, n), 0), n);
     });
   }

@@ -6,19 +6,19 @@
 namespace qkv {
 
 template <class Each>
-inline void sixteens(int n, Each each) {  // each(at, how many) over n values
+inline void vectors(int n, Each each) {  // each(at, how many) over n values, a vector at a time
   for (int at = 0; at < n; at += LANES) each(at, n - at < LANES ? n - at : LANES);
 }
 
 inline float total(const float* x, int n) {
   F all{};
-  sixteens(n, [&](int at, int some) { all += load(x + at, some); });
+  vectors(n, [&](int at, int some) { all += load(x + at, some); });
   return sum(all);
 }
 
 inline float squares(const float* x, int n, float mean) {
   F all{};
-  sixteens(n, [&](int at, int some) {
+  vectors(n, [&](int at, int some) {
     F v = load(x + at, some) - mean;
     if (some < LANES)
       for (int i = some; i < LANES; i++) v[i] = 0;
@@ -32,7 +32,7 @@ inline float squares(const float* x, int n, float mean) {
 inline void norm_row(Norm kind, const float* x, int n, float eps, const float* weight, const float* bias, float* y) {
   float mean = kind == LAYER ? total(x, n) / n : 0, scale = 1;
   if (kind == RMS || kind == LAYER) scale = 1 / std::sqrt(squares(x, n, mean) / n + eps);
-  sixteens(n, [&](int at, int some) {
+  vectors(n, [&](int at, int some) {
     F v = (load(x + at, some) - mean) * scale;
     if (kind == TANH) v = tanh(v * eps);
     if (weight) v *= load(weight + at, some);

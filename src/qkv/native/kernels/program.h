@@ -22,7 +22,7 @@ struct Op {
   int32_t store;  // how the weight is kept: see tiles.h
   Norm norm;
   Act act;
-  int32_t gated;                       // outputs come in pairs of 16: act(gate) and what it multiplies
+  int32_t gated;                       // tiles come in pairs: act(gate) and what it multiplies
   int32_t heads, groups, head_width;   // of queries; of keys and values
   int32_t turned;                      // how many values of a head are rotated
   int32_t behind, ahead;               // how far a query sees

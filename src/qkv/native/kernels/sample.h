@@ -14,7 +14,7 @@ struct Scored {  // rows of scores, in blocks of `size`; the last block of a row
   int64_t blocks() const { return rows * per_row(); }
 };
 
-// Folds block k of all rows, counted through: found = each(found, the next 16 scores). What a row lacks is −∞.
+// Folds block k of all rows, counted through: found = each(found, the next LANES scores). What a row lacks is −∞.
 template <class Each>
 inline F fold(const Scored& scores, int64_t k, F found, Each each) {
   const int64_t at = k % scores.per_row() * scores.size, end = std::min(at + scores.size, scores.width);

@@ -1,5 +1,6 @@
-// Sixteen floats, or sixteen integers, at a time. The compiler's own vectors serve every processor; what it does not
-// know of a processor's instructions (halves, dot products of bytes) stands here once for AVX-512, AVX2 and NEON.
+// As many floats, or integers, as one of this processor's vectors holds. The compiler's own vectors serve every
+// processor; what it does not know of a processor's instructions (halves, dot products of bytes) stands here once for
+// AVX-512, AVX2 and NEON.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,11 +15,19 @@
 
 namespace qkv {
 
-using F = float __attribute__((vector_size(64)));
-using I = int32_t __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int REGISTERS = LANES == 8 ? 16 : 32;  // where there are fewer (plain x86), speed is no aim
 
-inline F splat(float x) { return F{} + x; }
+using F = float __attribute__((vector_size(4 * LANES)));
+using I = int32_t __attribute__((vector_size(4 * LANES)));
+
+inline F splat(float x) { return x - F{}; }  // 0 + x would be an addition: it makes 0 of −0
 inline I splat(int32_t x) { return I{} + x; }
 
 template <class V>
@@ -30,7 +39,7 @@ inline V load(const void* p) {
 inline F load(const float* p) { return load<F>(p); }
 inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
 
-// The first n lanes, the others 0: the end of a row whose width is no multiple of 16.
+// The first n lanes, the others 0: the end of a row that is no whole number of vectors.
 inline F load(const float* p, int n) {
   if (n >= LANES) return load(p);
   F v{};
@@ -46,8 +55,14 @@ inline F choose(I mask, F yes, F no) { return mask ? yes : no; }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 
-// bytes(p, a) stores small numbers, and gives their sum.
-#ifdef __AVX512F__
+// 0, 1, 2, …
+inline I counted() {
+  I v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
+
+#if defined(__AVX512F__)
 inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline F abs(F a) { return (F)_mm512_abs_ps((__m512)a); }
 inline F nearest(F a) { return (F)_mm512_roundscale_ps((__m512)a, 0); }
@@ -55,35 +70,36 @@ inline I rounded(F a) { return (I)_mm512_cvtps_epi32((__m512)a); }
 inline F floats(I a) { return (F)_mm512_cvtepi32_ps((__m512i)a); }
 inline float sum(F a) { return _mm512_reduce_add_ps((__m512)a); }
 inline float largest(F a) { return _mm512_reduce_max_ps((__m512)a); }
-inline int32_t bytes(int8_t* p, I a) {
-  const __m128i b = _mm512_cvtepi32_epi8((__m512i)a);
-  _mm_storeu_si128((__m128i*)p, b);
-  const __m128i eights = _mm_sad_epu8(_mm_xor_si128(b, _mm_set1_epi8(-128)), _mm_setzero_si128());
-  return _mm_cvtsi128_si32(eights) + _mm_extract_epi32(eights, 2) - 16 * 128;
+#elif defined(__AVX2__)
+inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
+inline F nearest(F a) { return (F)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline I rounded(F a) { return (I)_mm256_cvtps_epi32((__m256)a); }
+inline F floats(I a) { return (F)_mm256_cvtepi32_ps((__m256i)a); }
+template <class Join>
+inline float folded(F a, Join join) {
+  __m128 r = join(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+  r = join(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(join(r, _mm_movehdup_ps(r)));
 }
+inline float sum(F a) { return folded(a, [](__m128 x, __m128 y) { return _mm_add_ps(x, y); }); }
+inline float largest(F a) { return folded(a, [](__m128 x, __m128 y) { return _mm_max_ps(x, y); }); }
 #else
 inline F fma(F a, F b, F c) {
+#ifdef __ARM_NEON
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
   F r;
   for (int i = 0; i < LANES; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
+#endif
 }
 inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
 inline F nearest(F a) { return a + 12582912.0f - 12582912.0f; }  // halves to even: 1.5 · 2²³ leaves no fraction
 inline I rounded(F a) { return __builtin_convertvector(nearest(a), I); }
 inline F floats(I a) { return __builtin_convertvector(a, F); }
-template <class V>
-inline auto folded(V a, auto join) {
-  auto r = a[0];
-  for (int i = 1; i < LANES; i++) r = join(r, a[i]);
-  return r;
-}
-inline float sum(F a) { return folded(a, [](float x, float y) { return x + y; }); }
-inline int32_t sum(I a) { return folded(a, [](int32_t x, int32_t y) { return x + y; }); }
-inline float largest(F a) { return folded(a, [](float x, float y) { return x > y ? x : y; }); }
-inline int32_t bytes(int8_t* p, I a) {
-  for (int i = 0; i < LANES; i++) p[i] = (int8_t)a[i];
-  return sum(a);
-}
+inline float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline float largest(F a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
 #endif
 
 // --- half precision ---
@@ -95,17 +111,12 @@ struct bfloat {         // the upper half of a float
 
 #if defined(__AVX512F__)
 inline F load(const half* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline float to_float(half h) { return _cvtsh_ss(h); }
-inline half to_half(float x) { return _cvtss_sh(x, 0); }
-#elif defined(__F16C__)
-inline F load(const half* p) {
-  __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  __m256 hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
-  F v;
-  memcpy(&v, &lo, 32);
-  memcpy((char*)&v + 32, &hi, 32);
-  return v;
-}
+inline void store(half* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
+#elif defined(__F16C__) && defined(__AVX2__)
+inline F load(const half* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void store(half* p, F x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
+#endif
+#ifdef __F16C__
 inline float to_float(half h) { return _cvtsh_ss(h); }
 inline half to_half(float x) { return _cvtss_sh(x, 0); }
 #else
@@ -120,110 +131,163 @@ inline half to_half(float x) {
   memcpy(&h, &y, 2);
   return h;
 }
+#endif
+#if !defined(__AVX512F__) && !(defined(__F16C__) && defined(__AVX2__))
 inline F load(const half* p) {
   F v;
   for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);
   return v;
 }
+inline void store(half* p, F x) {
+  for (int i = 0; i < LANES; i++) p[i] = to_half(x[i]);
+}
 #endif
 inline float to_float(float x) { return x; }
 
 
-// Sixteen numbers as a cache keeps them. One of halves holds no infinity: 0 times it, where a key is masked, would be no
-// number.
-inline void kept(F x, half* p) {
-  x = min(max(x, splat(-65504.0f)), splat(65504.0f));
-#ifdef __AVX512F__
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0));
-#else
-  for (int i = 0; i < LANES; i++) p[i] = to_half(x[i]);
-#endif
-}
+// Numbers as a cache keeps them. One of halves holds no infinity: 0 times it, where a key is masked, would be no number.
+inline void kept(F x, half* p) { store(p, min(max(x, splat(-65504.0f)), splat(65504.0f))); }
 inline void kept(F x, float* p) { store(p, x); }
 
-// --- pairs of bfloats, the first of a pair in the lower half of a lane ---
+// --- bfloats, in pairs, the first in the lower half of a lane ---
 
-// Sixteen floats, rounded to the nearest bfloat.
-inline void round_to(bfloat* p, F x) {
+// The nearest numbers that bfloats can be.
+inline I near_bfloats(F x) {
+  const I bits = (I)x;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
+}
+
 #ifdef __AVX512BF16__
+constexpr bool PAIRED = true;  // there is an instruction that multiplies pairs, so that activations go in pairs too
+
+inline void store(bfloat* p, F x) {
   const __m256bh b = _mm512_cvtneps_pbh((__m512)x);
   memcpy(p, &b, 32);
+}
+inline F dot_pairs(F sum, F a, F b) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 #else
-  const I bits = (I)x, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  for (int i = 0; i < LANES; i++) p[i].bits = nearest[i];
+constexpr bool PAIRED = false;
 #endif
-}
 
-// sum + the products of the pairs
-inline F dot_pairs(F sum, F a, F b) {
-#ifdef __AVX512BF16__
-  return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+// --- sums of products of bytes, four to a lane: weights of 4 or of 8 bits without a sign, activations with one ---
+//
+// Dot<8 bits?>: a sum that begins with n takes up to 8 times four products, and `total` is n + Σ. `of` makes weights ready
+// to be multiplied with several rows, TAKEN is what it takes off each, and BYTES is what four activations take.
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) && !defined(__AVX512F__)
+template <bool>
+struct Dot {
+  using Sum = I;
+  using Weights = I;
+  static constexpr int TAKEN = 0, BYTES = 4;
+  static Weights of(I u) { return u; }
+  static Sum add(Sum sum, Weights u, const int8_t* x) {
+    const I four = splat(load<int32_t>(x));
+#ifdef __AVX512VNNI__
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)four);
 #else
-  sum = fma((F)((I)a << 16), (F)((I)b << 16), sum);
-  return fma((F)((I)a & (int32_t)0xffff0000), (F)((I)b & (int32_t)0xffff0000), sum);
+    return (I)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)four);
 #endif
+  }
+  static Sum begin(int32_t n) { return splat(n); }
+  static I total(Sum sum, int32_t) { return sum; }
+};
+#elif defined(__AVX512BW__) || defined(__AVX2__) && !defined(__AVX512F__)
+using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
+using UnsignedShorts = uint16_t __attribute__((vector_size(4 * LANES)));
+
+// A sum made here and now: additions that a compiler puts off keep more products waiting than there are registers.
+template <class V>
+inline V settled(V sum) {
+  asm("" : "+v"(sum));
+  return sum;
 }
 
-// --- dot products of four unsigned with four signed bytes, in each lane ---
+#ifdef __AVX512BW__
+inline Shorts byte_products(I u, I x) { return (Shorts)_mm512_maddubs_epi16((__m512i)u, (__m512i)x); }
+inline I short_products(Shorts u, Shorts x) { return (I)_mm512_madd_epi16((__m512i)u, (__m512i)x); }
+#else
+inline Shorts byte_products(I u, I x) { return (Shorts)_mm256_maddubs_epi16((__m256i)u, (__m256i)x); }
+inline I short_products(Shorts u, Shorts x) { return (I)_mm256_madd_epi16((__m256i)u, (__m256i)x); }
+#endif
+template <bool BITS8>
+struct Dot {  // 8 · 2 products of 15 and 127 stay within 16 bits
+  using Sum = Shorts;
+  using Weights = I;
+  static constexpr int TAKEN = 0, BYTES = 4;
+  static Weights of(I u) { return u; }
+  static Sum add(Sum sum, Weights u, const int8_t* x) {
+    return settled(sum + byte_products(u, splat(load<int32_t>(x))));
+  }
+  static Sum begin(int32_t) { return Sum{}; }
+  static I total(Sum sum, int32_t n) { return short_products(sum, Shorts{} + 1) + n; }
+};
+template <>
+struct Dot<true> {  // two products of 255 and 127 do not: weights and activations become 16 bits, every second together
+  using Sum = I;
+  struct Weights {
+    Shorts even, odd;
+  };
+  static constexpr int TAKEN = 0, BYTES = 8;
+  static Weights of(I u) { return {(Shorts)(u & 0x00ff00ff), (Shorts)((UnsignedShorts)u >> 8)}; }
+  static Sum add(Sum sum, Weights u, const int8_t* x) {
+    sum = settled(sum + short_products(u.even, (Shorts)splat(load<int32_t>(x))));
+    return settled(sum + short_products(u.odd, (Shorts)splat(load<int32_t>(x + 4))));
+  }
+  static Sum begin(int32_t n) { return splat(n); }
+  static I total(Sum sum, int32_t) { return sum; }
+};
+#else
+template <bool BITS8>
+struct Dot {
+  using Sum = I;
+  using Weights = I;
+#ifdef __ARM_FEATURE_DOTPROD
+  static constexpr int TAKEN = BITS8 ? 128 : 0, BYTES = 4;
+  static Weights of(I u) { return BITS8 ? u ^ (int32_t)0x80808080 : u; }
+  static Sum add(Sum sum, Weights u, const int8_t* x) {
+    return (I)vdotq_s32((int32x4_t)sum, (int8x16_t)u, (int8x16_t)splat(load<int32_t>(x)));
+  }
+#else
+  static constexpr int TAKEN = 0, BYTES = 4;
+  static Weights of(I u) { return u; }
+  static Sum add(Sum sum, Weights u, const int8_t* x) {
+    for (int i = 0; i < 4; i++) sum += ((u >> (8 * i)) & 255) * (int32_t)x[i];
+    return sum;
+  }
+#endif
+  static Sum begin(int32_t n) { return splat(n); }
+  static I total(Sum sum, int32_t) { return sum; }
+};
+#endif
 
-#if defined(__AVX512VNNI__)
-inline I dot4(I sum, I u, int32_t s) { return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, _mm512_set1_epi32(s)); }
-inline I dot8(I sum, I u, int32_t s) { return dot4(sum, u, s); }
-constexpr int TAKEN8 = 0;  // what dot8 takes off each unsigned byte first
-#elif defined(__AVX512BW__)
-inline I dot_bytes(I sum, __m512i u, __m512i s) {
-  return sum + (I)_mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1));
-}
-inline I dot4(I sum, I u, int32_t s) { return dot_bytes(sum, (__m512i)u, _mm512_set1_epi32(s)); }
-inline I dot8(I sum, I u, int32_t s) {  // sums of 0…255 times ±127 would saturate: move the sign over instead
-  __m512i w = (__m512i)(u ^ (int32_t)0x80808080), x = _mm512_set1_epi32(s);
-  return dot_bytes(sum, _mm512_abs_epi8(w), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x));
-}
-constexpr int TAKEN8 = 128;
+// Stores small whole numbers as a product of 4 or 8 bits wants activations (p is where the first of them goes); their sum.
+template <int BYTES>
+inline int32_t small(int8_t* p, I a) {
+  static_assert(BYTES == 4 || BYTES == 8);
+#if defined(__AVX512F__)
+  if constexpr (BYTES == 4) {
+    const __m128i b = _mm512_cvtepi32_epi8((__m512i)a);
+    _mm_storeu_si128((__m128i*)p, b);
+    const __m128i eights = _mm_sad_epu8(_mm_xor_si128(b, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(eights) + _mm_extract_epi32(eights, 2) - 16 * 128;
+  }
 #elif defined(__AVX2__)
-inline __m256i dot_half(__m256i u, __m256i s) {
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
-}
-template <class Dot>
-inline I both(I sum, I w, Dot dot) {
-  __m256i lo, hi;
-  memcpy(&lo, &w, 32);
-  memcpy(&hi, (char*)&w + 32, 32);
-  lo = dot(lo), hi = dot(hi);
-  I r;
-  memcpy(&r, &lo, 32);
-  memcpy((char*)&r + 32, &hi, 32);
-  return sum + r;
-}
-inline I dot4(I sum, I u, int32_t s) {
-  return both(sum, u, [&](__m256i w) { return dot_half(w, _mm256_set1_epi32(s)); });
-}
-inline I dot8(I sum, I u, int32_t s) {  // sums of 0…255 times ±127 would saturate: move the sign over instead
-  return both(sum, u ^ (int32_t)0x80808080, [&](__m256i w) {
-    return dot_half(_mm256_sign_epi8(w, w), _mm256_sign_epi8(_mm256_set1_epi32(s), w));
-  });
-}
-constexpr int TAKEN8 = 128;
-#elif defined(__ARM_FEATURE_DOTPROD)
-inline I dot4(I sum, I u, int32_t s) {
-  int32x4_t a[4];
-  int8x16_t w[4], x = vreinterpretq_s8_s32(vdupq_n_s32(s));
-  memcpy(a, &sum, 64);
-  memcpy(w, &u, 64);
-  for (int i = 0; i < 4; i++) a[i] = vdotq_s32(a[i], w[i], x);
-  memcpy(&sum, a, 64);
-  return sum;
-}
-inline I dot8(I sum, I u, int32_t s) { return dot4(sum, u ^ (int32_t)0x80808080, s); }
-constexpr int TAKEN8 = 128;
-#else
-inline I dot4(I sum, I u, int32_t s) {
-  for (int i = 0; i < 4; i++) sum += ((u >> (8 * i)) & 255) * (int32_t)(int8_t)(s >> (8 * i));
-  return sum;
-}
-inline I dot8(I sum, I u, int32_t s) { return dot4(sum, u, s); }
-constexpr int TAKEN8 = 0;
+  const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
+  __m128i s = _mm_madd_epi16(eight, _mm_set1_epi16(1));
+  s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+  if constexpr (BYTES == 4) _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(eight, eight));
+  else _mm_storeu_si128((__m128i*)p, _mm_shufflehi_epi16(_mm_shufflelo_epi16(eight, 0xd8), 0xd8));
+  return _mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 1);
 #endif
+  int32_t all = 0;
+  for (int i = 0; i < LANES; i++) {
+    all += a[i];
+    if constexpr (BYTES == 4) p[i] = (int8_t)a[i];
+    else ((int16_t*)p)[(i & ~3) | (i & 1) << 1 | (i & 2) >> 1] = (int16_t)a[i];
+  }
+  return all;
+}
 
 // --- functions ---
 

@@ -1,12 +1,13 @@
-// Weights in tiles of 16 outputs, and their product with up to 16 rows of activations.
+// Weights in tiles of so many outputs as a vector has lanes, and their product with up to 16 rows of activations.
 //
 // Packed: 32 inputs at a time, the four bytes of a lane being four consecutive inputs of one output, so that a dot
 // product needs no sum across lanes. A tile is, for each 32 inputs,
-//   numbers  4 bits: 4 × 64 bytes, inputs 0…15 in the low and 16…31 in the high nibbles; 8 bits: 8 × 64 bytes
-//   scales   d: 16 halves, twice where each half of the 32 has its own; then the same for the minima m
+//   numbers  4 bits: 4 vectors, inputs 0…15 in the low and 16…31 in the high nibbles; 8 bits: 8 vectors
+//   scales   d: a half for each lane, twice where each half of the 32 has its own; then the same for the minima m
 // in one stream, since two would halve the speed at which memory is read. A weight is d (q − zero), or d q + m.
 // Activations are quantised to 8 bits with a scale for each 32 of them.
-// Dense: a tile is inputs × 16 floats, or inputs / 2 × 16 pairs of bfloats; activations are kept as the weights are.
+// Dense: a tile is inputs × lanes floats, or inputs / 2 × lanes pairs of bfloats; activations are kept as the weights
+// are, or as floats where no instruction multiplies pairs.
 //
 // Every product adds in the same order whatever the number of rows: steps equal prefill, bit for bit.
 #pragma once
@@ -23,75 +24,79 @@ enum Store : int32_t { BITS8 = 1, HALVES = 2, MINIMA = 4, FLOAT = 8, BFLOAT = 9 
 
 inline bool dense(int store) { return store >= FLOAT; }
 
-constexpr int numbers_bytes(int store) { return store & BITS8 ? 512 : 256; }
-constexpr int scales_bytes(int store) { return 32 * (store & HALVES ? 2 : 1) * (store & MINIMA ? 2 : 1); }
+constexpr int VECTOR = 4 * LANES;  // bytes
+constexpr int numbers_bytes(int store) { return VECTOR * (store & BITS8 ? 8 : 4); }
+constexpr int scales_bytes(int store) { return 2 * LANES * (store & HALVES ? 2 : 1) * (store & MINIMA ? 2 : 1); }
 
 constexpr int block_bytes(int store) { return numbers_bytes(store) + scales_bytes(store); }
 
-// The columns of a dense tile, 64 bytes each, and what a row of activations has for each of them, 4 bytes.
+// The columns of a dense tile, a vector each, and how many times 4 bytes a row of activations has for each of them.
 inline int64_t columns(int store, int64_t inputs) { return store == FLOAT ? inputs : (inputs + 1) / 2; }
+constexpr int words(int store) { return store == FLOAT || PAIRED ? 1 : 2; }
 
 inline int64_t tile_bytes(int store, int64_t inputs) {
-  if (dense(store)) return columns(store, inputs) * 64;
+  if (dense(store)) return columns(store, inputs) * VECTOR;
   return (inputs / BLOCK * block_bytes(store) + 63) & ~63;
 }
 
 // --- activations ---
 
+constexpr int four_bytes(int store) { return store & BITS8 ? Dot<true>::BYTES : Dot<false>::BYTES; }
+
+// What stands for 0 among the numbers of a store, as products see them.
+constexpr int zero_of(int store) {
+  const int kept = store & MINIMA ? 0 : store & BITS8 ? 128 : 8;
+  return kept - (store & BITS8 ? Dot<true>::TAKEN : Dot<false>::TAKEN);
+}
+
 struct Block {  // what goes with 32 quantised activations x ≈ scale q
-  float scale;
-  int32_t sum, low;  // Σ q of all and of the first half
-  float moment;      // scale × sum
+  float scale, moment;  // moment = scale Σ q
+  float sums[2];        // Σ q of each half
+  int32_t from[2];      // what a product's sums begin with: −zero Σ q of all, or where the halves have scales, of each
 };
 
 struct Activations {  // of several rows
   int8_t* q;
   Block* blocks;
   int inputs;
+  int store;  // of the weights they are multiplied with
 
-  Activations row(int64_t r) const { return {q + r * inputs, blocks + r * (inputs / BLOCK), inputs}; }
+  Activations row(int64_t r) const {
+    return {q + r * inputs / 4 * four_bytes(store), blocks + r * (inputs / BLOCK), inputs, store};
+  }
 };
 
 // scale = max |x| / 127, q = x / scale rounded.
-inline void quantise(const float* x, Activations to) {
+template <int BYTES>
+void quantise(const float* x, Activations to) {
+  constexpr int VECTORS = BLOCK / LANES;
+  const int zero = zero_of(to.store);
+  const bool halves = to.store & HALVES;
   for (int b = 0; b < to.inputs / BLOCK; b++) {
-    F u = load(x + BLOCK * b), v = load(x + BLOCK * b + LANES);
-    float most = largest(max(abs(u), abs(v)));
-    float inverse = most > 0 ? 127 / most : 0;
-    const int32_t low = bytes(to.q + BLOCK * b, rounded(u * inverse));
-    const int32_t all = low + bytes(to.q + BLOCK * b + LANES, rounded(v * inverse));
-    to.blocks[b] = {most / 127, all, low, most / 127 * (float)all};
+    F some[VECTORS], magnitude{};
+    for (int v = 0; v < VECTORS; v++) {
+      some[v] = load(x + BLOCK * b + LANES * v);
+      magnitude = max(magnitude, abs(some[v]));
+    }
+    const float most = largest(magnitude), inverse = most > 0 ? 127 / most : 0;
+    int32_t sums[2] = {};
+    for (int v = 0; v < VECTORS; v++)
+      sums[2 * v / VECTORS] += small<BYTES>(to.q + (BLOCK * b + LANES * v) / 4 * BYTES, rounded(some[v] * inverse));
+    const int32_t all = sums[0] + sums[1], first = halves ? sums[0] : all, last = halves ? sums[1] : 0;
+    to.blocks[b] = {most / 127, most / 127 * all, {(float)sums[0], (float)sums[1]}, {-zero * first, -zero * last}};
   }
+}
+
+inline void quantise(const float* x, Activations to) {
+  four_bytes(to.store) == 4 ? quantise<4>(x, to) : quantise<Dot<true>::BYTES>(x, to);
 }
 
 // --- packed products ---
 
-constexpr int AHEAD = 4096;  // bytes: how far one row, which reads weights as fast as memory gives them, looks ahead
+// How many bytes one row, which reads weights as fast as memory gives them, looks ahead.
+constexpr int AHEAD = LANES < 16 ? 1536 : 4096;
 
-template <int S>
-inline void numbers(const uint8_t* w, I u[8]) {
-  if constexpr (S & BITS8) {
-    for (int v = 0; v < 8; v++) u[v] = load<I>(w + 64 * v);
-  } else {
-    for (int v = 0; v < 4; v++) {
-      I both = load<I>(w + 64 * v);
-      u[v] = both & 0x0f0f0f0f;
-      u[v + 4] = (both >> 4) & 0x0f0f0f0f;
-    }
-  }
-}
-
-// sums[t] += the dot products of 16 inputs, of which those of vectors v…v + 3, with tile t.
-template <int S, int T>
-inline void dots(I (&sums)[T], const I (&u)[T][8], int v, const int8_t* q) {
-  for (int i = 0; i < 4; i++) {
-    int32_t x;
-    memcpy(&x, q + 4 * i, 4);
-    for (int t = 0; t < T; t++) sums[t] = S & BITS8 ? dot8(sums[t], u[t][v + i], x) : dot4(sums[t], u[t][v + i], x);
-  }
-}
-
-// What a product brings into the cache meanwhile: so many bytes for each 32 inputs.
+// What a product of tiles brings into the cache meanwhile: so many bytes for each 32 inputs.
 struct Ahead {
   const uint8_t* at;
   int bytes;
@@ -100,46 +105,60 @@ struct Ahead {
 // out[t][r][lane] = Σ over inputs, for T tiles side by side, `apart` bytes apart, and R rows.
 template <int S, int T, int R>
 void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahead ahead) {
-  constexpr int zero = (S & MINIMA ? 0 : S & BITS8 ? 128 : 8) - (S & BITS8 ? TAKEN8 : 0);
+  using Product = Dot<(S & BITS8) != 0>;
+  constexpr int four = Product::BYTES;
   constexpr bool halves = S & HALVES, minima = S & MINIMA;
+  constexpr bool two = halves || R == 1;  // sums: of the halves, or of one row, for the latency of a product
   const int blocks = x.inputs / BLOCK;
+  const int64_t row = (int64_t)x.inputs / 4 * four;
   F sums[T][R] = {};
   for (int b = 0; b < blocks; b++, w += block_bytes(S)) {
-    I u[T][8];
-    F d[T], d2[T], m[T], m2[T];
+    const int bytes = T == 1 ? block_bytes(S) : ahead.bytes;
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead.at + at);
+    ahead.at += bytes;
+    const int8_t* q = x.q + BLOCK / 4 * four * b;
+    typename Product::Sum all[2][T][R];
+    for (int h = 0; h < 2; h++)
+      for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) all[h][t][r] = Product::begin(x.blocks[r * blocks + b].from[h]);
+    const auto multiply = [&](int v, const auto& u) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) {
+          auto& sum = all[two ? v / 4 : 0][t][r];
+          sum = Product::add(sum, u[t], q + r * row + four * v);
+        }
+    };
+#pragma GCC unroll 8
+    for (int v = 0; v < (S & BITS8 ? 8 : 4); v++) {
+      typename Product::Weights u[T], high[T];
+      for (int t = 0; t < T; t++) {
+        const I numbers = load<I>(w + t * apart + VECTOR * v);
+        u[t] = Product::of(S & BITS8 ? numbers : numbers & 0x0f0f0f0f);
+        high[t] = Product::of((numbers >> 4) & 0x0f0f0f0f);
+      }
+      multiply(v, u);
+      if (!(S & BITS8)) multiply(v + 4, high);
+    }
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++) {
       const half* scales = (const half*)(w + t * apart + numbers_bytes(S));
-      numbers<S>(w + t * apart, u[t]);
-      d[t] = load(scales), d2[t] = halves ? load(scales + LANES) : F{};
-      m[t] = minima ? load(scales + LANES * (1 + halves)) : F{};
-      m2[t] = minima && halves ? load(scales + 3 * LANES) : F{};
-    }
-    for (int at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(ahead.at + at);
-    ahead.at += ahead.bytes;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const int8_t* q = x.q + (int64_t)r * x.inputs + BLOCK * b;
-      const Block& block = x.blocks[r * blocks + b];
-      const int high = block.sum - block.low;
-      const bool two = halves || R == 1;  // sums: of the halves, or of one row, for the latency of a product
-      I all[T], rest[T];
-      for (int t = 0; t < T; t++) {
-        all[t] = splat(-zero * (halves ? block.low : block.sum));
-        rest[t] = splat(halves ? -zero * high : 0);
-      }
-      dots<S>(all, u, 0, q);
-      dots<S>(two ? rest : all, u, 4, q + 16);
-#pragma GCC unroll 2
-      for (int t = 0; t < T; t++) {
+      const F d = load(scales), d2 = halves ? load(scales + LANES) : F{};
+      const F m = minima ? load(scales + LANES * (1 + halves)) : F{};
+      const F m2 = minima && halves ? load(scales + 3 * LANES) : F{};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const Block& block = x.blocks[r * blocks + b];
         F& sum = sums[t][r];
         if constexpr (halves) {
-          F y = fma(floats(all[t]), d[t], floats(rest[t]) * d2[t]);
-          if (minima) y = fma(m[t], splat((float)block.low), fma(m2[t], splat((float)high), y));
+          F y = floats(Product::total(all[1][t][r], block.from[1])) * d2;
+          y = fma(floats(Product::total(all[0][t][r], block.from[0])), d, y);
+          if (minima) y = fma(m, splat(block.sums[0]), fma(m2, splat(block.sums[1]), y));
           sum = fma(y, splat(block.scale), sum);
         } else {
-          sum = fma(floats(two ? all[t] + rest[t] : all[t]) * d[t], splat(block.scale), sum);
-          if (minima) sum = fma(m[t], splat(block.moment), sum);
+          const auto whole = two ? all[0][t][r] + all[1][t][r] : all[0][t][r];
+          sum = fma(floats(Product::total(whole, block.from[0])) * d, splat(block.scale), sum);
+          if (minima) sum = fma(m, splat(block.moment), sum);
         }
       }
     }
@@ -174,14 +193,13 @@ void packed_rows(const uint8_t* w, int tiles, int64_t apart, Activations x, int 
     } else {
       for (int t = 0; t < tiles; t++) {
         const uint8_t* from = w + t * apart;
-        const Ahead ahead{from + AHEAD, rows <= 2 ? block_bytes(S) : 0};
-        packed_some<S, 1>(some, from, apart, x.row(r), to + t * ROWS * LANES, ahead);
+        packed_some<S, 1>(some, from, apart, x.row(r), to + t * ROWS * LANES, {from + AHEAD, block_bytes(S)});
       }
     }
   }
 }
 
-// One packed tile or two, and up to 16 rows → out[tile][row][16]. Tiles that are read for the first time are `fresh`.
+// Some packed tiles and up to 16 rows → out[tile][row][lane]. Tiles that are read for the first time are `fresh`.
 inline void packed_tiles(int store, const uint8_t* w, int tiles, int64_t apart, Activations x, int rows, float* out,
                          bool fresh) {
   switch (store) {
@@ -198,34 +216,54 @@ inline void packed_tiles(int store, const uint8_t* w, int tiles, int64_t apart, 
 
 // --- dense products ---
 
-// A row of floats as bfloats; the last of an odd number makes a pair with 0.
-inline void round_row(const float* x, int inputs, bfloat* to) {
-  for (int k = 0; k < inputs; k += LANES) {
-    bfloat some[LANES];
-    round_to(some, load(x + k, inputs - k));
-    memcpy(to + k, some, std::min<int>(LANES, 2 * columns(BFLOAT, inputs - k)) * sizeof(bfloat));
+// A row of floats as products with bfloats want it; the last of an odd number makes a pair with 0.
+inline void round_row(const float* x, int inputs, float* to) {
+  const int whole = 2 * columns(BFLOAT, inputs);
+  for (int k = 0; k < whole; k += LANES) {
+    const F some = load(x + k, inputs - k);
+#ifdef __AVX512BF16__
+    bfloat near[LANES];
+    store(near, some);
+    memcpy((bfloat*)to + k, near, std::min(LANES, whole - k) * sizeof(bfloat));
+#else
+    store(to + k, (F)near_bfloats(some), whole - k);
+#endif
   }
+}
+
+// What word `n` of a row of activations is multiplied with, of the weights in a column.
+template <int S>
+inline F part(F column, int n) {
+  if (S == FLOAT || PAIRED) return column;
+  return n ? (F)((I)column & (int32_t)0xffff0000) : (F)((I)column << 16);
 }
 
 template <int S>
 inline F product(F sum, F column, F value) {
-  return S == FLOAT ? fma(column, value, sum) : dot_pairs(sum, column, value);
+#ifdef __AVX512BF16__
+  if (S == BFLOAT) return dot_pairs(sum, column, value);
+#endif
+  return fma(column, value, sum);
 }
 
-// T tiles side by side keep enough sums in flight to hide the latency of a multiplication.
+constexpr int TILES = REGISTERS > 16 ? 4 : 2;  // dense ones side by side: enough sums to hide a multiplication's latency
+
 template <int S, int T, int R>
 void dense_tile(const float* w, const float* x, int columns, float* out) {
+  constexpr int W = words(S);
   F sums[T][R] = {};
-  for (int k = 0; k < columns; k++) {
-    F column[T];
-    for (int t = 0; t < T; t++) column[t] = load(w + LANES * (t * (int64_t)columns + k));
+  for (int k = 0; k < columns; k++)
+#pragma GCC unroll 2
+    for (int n = 0; n < W; n++) {
+      F column[T];
+      for (int t = 0; t < T; t++) column[t] = part<S>(load(w + LANES * (t * (int64_t)columns + k)), n);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const F value = splat(x[r * (int64_t)columns + k]);
+      for (int r = 0; r < R; r++) {
+        const F value = splat(x[(r * (int64_t)columns + k) * W + n]);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; t++) sums[t][r] = product<S>(sums[t][r], column[t], value);
+        for (int t = 0; t < T; t++) sums[t][r] = product<S>(sums[t][r], column[t], value);
+      }
     }
-  }
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) store(out + (t * ROWS + r) * LANES, sums[t][r]);
 }
@@ -234,7 +272,7 @@ template <int S, int T>
 void dense_rows(const float* w, const float* x, int columns, int rows, float* out) {
   for (int r = 0; r < rows;) {
     const int n = rows - r;
-    const float* some = x + r * (int64_t)columns;
+    const float* some = x + r * (int64_t)columns * words(S);
     float* to = out + LANES * r;
     if (n >= 6) dense_tile<S, T, 6>(w, some, columns, to), r += 6;
     else if (n >= 4) dense_tile<S, T, 4>(w, some, columns, to), r += 4;
@@ -243,14 +281,14 @@ void dense_rows(const float* w, const float* x, int columns, int rows, float* ou
   }
 }
 
-// `tiles` dense tiles and up to 16 rows → out[tile][row][16].
+// `tiles` dense tiles, TILES at most, and up to 16 rows → out[tile][row][lane].
 template <int S>
 void dense_tiles(const uint8_t* at, int tiles, const float* x, int columns, int rows, float* out) {
   const float* w = (const float*)at;
   for (int t = 0; t < tiles;) {
     const float* from = w + t * (int64_t)columns * LANES;
     float* to = out + t * ROWS * LANES;
-    if (tiles - t >= 4) dense_rows<S, 4>(from, x, columns, rows, to), t += 4;
+    if (tiles - t >= TILES) dense_rows<S, TILES>(from, x, columns, rows, to), t += TILES;
     else if (tiles - t >= 2) dense_rows<S, 2>(from, x, columns, rows, to), t += 2;
     else dense_rows<S, 1>(from, x, columns, rows, to), t += 1;
   }
@@ -264,9 +302,9 @@ inline float packed_weight(int store, const uint8_t* w, int lane, int k) {
   const half* scales = (const half*)(n + numbers_bytes(store)) + lane;
   int q;
   if (store & BITS8) {
-    q = n[64 * (i / 4) + 4 * lane + i % 4];
+    q = n[VECTOR * (i / 4) + 4 * lane + i % 4];
   } else {
-    int both = n[64 * (i % 16 / 4) + 4 * lane + i % 4];
+    int both = n[VECTOR * (i % 16 / 4) + 4 * lane + i % 4];
     q = i < 16 ? both & 15 : both >> 4;
   }
   int second = store & HALVES && i >= 16;
