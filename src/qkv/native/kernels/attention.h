@@ -67,7 +67,7 @@ struct Query {
 // What each query sums, and in what order, does not depend on the queries beside it.
 template <class T, int N>
 void attend(const Op& op, const Cache& cache, int text, int group, const Query* queries, float* scores, int stride) {
-  constexpr int SIDES = REGISTERS / 2 / N >= 4 ? 4 : REGISTERS / 2 / N >= 2 ? 2 : 1;  // vectors for each query
+  constexpr int SIDES = (N + 1) * 4 < REGISTERS ? 4 : (N + 1) * 2 < REGISTERS ? 2 : 1;  // sums for each query
   const int width = op.head_width, wide = padded(width);
   int from = queries[0].from, to = queries[0].to;
   for (int i = 1; i < N; i++) from = std::min(from, queries[i].from), to = std::max(to, queries[i].to);
@@ -128,37 +128,43 @@ void attend(const Op& op, const Cache& cache, int text, int group, const Query* 
     const float whole = sum(all);
     inverse[i] = whole > 0 ? 1 / whole : 0;  // a query that sees nothing gives zeros
   }
-  for (int c = 0; c < wide; c += SIDES * LANES) {
-    const int columns = std::min(SIDES, (wide - c) / LANES);
-    F sums[N][SIDES] = {};
+  const auto mix = [&]<int SIDE>(int c) {  // `SIDE` vectors of values, from column c on
+    F sums[N][SIDE] = {};
     for (int b = first; b < last; b++) {
       const T* values = (const T*)(cache.page(text, b * LANES / PAGE) + op.values_at) +
                         ((int64_t)group * PAGE + b * LANES % PAGE) * wide + c;
       const float* p = scores + (b - first) * LANES;
       const int begin = std::max(0, from - b * LANES), end = std::min(LANES, to - b * LANES);
-      for (int j = begin; j < end; j++)
-        for (int u = 0; u < SIDES; u++) {
-          if (u >= columns) break;
-          F v = load(values + (int64_t)j * wide + u * LANES);
+      for (int j = begin; j < end; j++) {
+        F v[SIDE];
+        for (int u = 0; u < SIDE; u++) v[u] = load(values + (int64_t)j * wide + u * LANES);
 #pragma GCC unroll 8
-          for (int i = 0; i < N; i++) sums[i][u] = fma(v, splat(p[(int64_t)i * stride + j]), sums[i][u]);
-        }
+        for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
+          for (int u = 0; u < SIDE; u++) sums[i][u] = fma(v[u], splat(p[(int64_t)i * stride + j]), sums[i][u]);
+      }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < N; i++)
-      for (int u = 0; u < columns; u++) {
-        int at = c + u * LANES;
+#pragma GCC unroll 4
+      for (int u = 0; u < SIDE; u++) {
+        const int at = c + u * LANES;
         if (at < width) store(queries[i].out + at, sums[i][u] * inverse[i], width - at);
       }
-  }
+    return c + SIDE * LANES;
+  };
+  for (int c = 0; c < wide;)
+    c = wide - c >= SIDES * LANES ? mix.template operator()<SIDES>(c) : mix.template operator()<1>(c);
 }
 
 template <class T>
 void attend_all(const Op& op, const Cache& cache, int text, int group, const Query* queries, int n, float* scores,
                 int stride) {
+  constexpr int MANY = REGISTERS < 32 ? 6 : 8;  // queries that read keys and values together
   while (n > 0) {
-    int some = n >= 8 ? 8 : n >= 4 ? 4 : n >= 3 ? 3 : n >= 2 ? 2 : 1;
+    const int some = n >= MANY ? MANY : std::min(n, 4);
     switch (some) {
-      case 8: attend<T, 8>(op, cache, text, group, queries, scores, stride); break;
+      case MANY: attend<T, MANY>(op, cache, text, group, queries, scores, stride); break;
       case 4: attend<T, 4>(op, cache, text, group, queries, scores, stride); break;
       case 3: attend<T, 3>(op, cache, text, group, queries, scores, stride); break;
       case 2: attend<T, 2>(op, cache, text, group, queries, scores, stride); break;

@@ -1,6 +1,6 @@
 // As many floats, or integers, as one of this processor's vectors holds. The compiler's own vectors serve every
-// processor; what it does not know of a processor's instructions (halves, dot products of bytes) stands here once for
-// AVX-512, AVX2 and NEON.
+// processor; what it does not know of a processor's instructions stands here once for AVX-512, AVX2 and NEON (and in
+// dot.h for products of bytes).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,7 +22,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int REGISTERS = LANES == 8 ? 16 : 32;  // where there are fewer (plain x86), speed is no aim
+constexpr int REGISTERS = LANES == 8 ? 16 : 32;  // plain x86 has fewer, but there speed is no aim
 
 using F = float __attribute__((vector_size(4 * LANES)));
 using I = int32_t __attribute__((vector_size(4 * LANES)));
@@ -57,7 +57,7 @@ inline F min(F a, F b) { return a < b ? a : b; }
 
 // 0, 1, 2, …
 inline I counted() {
-  I v;
+  I v{};
   for (int i = 0; i < LANES; i++) v[i] = i;
   return v;
 }
@@ -109,32 +109,38 @@ struct bfloat {         // the upper half of a float
   uint16_t bits;
 };
 
-#if defined(__AVX512F__)
-inline F load(const half* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store(half* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
-#elif defined(__F16C__) && defined(__AVX2__)
-inline F load(const half* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline void store(half* p, F x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
-#endif
 #ifdef __F16C__
 inline float to_float(half h) { return _cvtsh_ss(h); }
 inline half to_half(float x) { return _cvtss_sh(x, 0); }
 #else
+#ifdef __aarch64__
+using Binary16 = __fp16;
+#else
+using Binary16 = _Float16;
+#endif
 inline float to_float(half h) {
-  _Float16 x;
+  Binary16 x;
   memcpy(&x, &h, 2);
   return (float)x;
 }
 inline half to_half(float x) {
-  _Float16 y = (_Float16)x;
+  const Binary16 y = (Binary16)x;
   half h;
   memcpy(&h, &y, 2);
   return h;
 }
 #endif
-#if !defined(__AVX512F__) && !(defined(__F16C__) && defined(__AVX2__))
+inline float to_float(float x) { return x; }
+
+#if defined(__AVX512F__)
+inline F load(const half* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(half* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+inline F load(const half* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void store(half* p, F x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
+#else
 inline F load(const half* p) {
-  F v;
+  F v{};
   for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);
   return v;
 }
@@ -142,8 +148,6 @@ inline void store(half* p, F x) {
   for (int i = 0; i < LANES; i++) p[i] = to_half(x[i]);
 }
 #endif
-inline float to_float(float x) { return x; }
-
 
 // Numbers as a cache keeps them. One of halves holds no infinity: 0 times it, where a key is masked, would be no number.
 inline void kept(F x, half* p) { store(p, min(max(x, splat(-65504.0f)), splat(65504.0f))); }
@@ -168,126 +172,6 @@ inline F dot_pairs(F sum, F a, F b) { return (F)_mm512_dpbf16_ps((__m512)sum, (_
 #else
 constexpr bool PAIRED = false;
 #endif
-
-// --- sums of products of bytes, four to a lane: weights of 4 or of 8 bits without a sign, activations with one ---
-//
-// Dot<8 bits?>: a sum that begins with n takes up to 8 times four products, and `total` is n + Σ. `of` makes weights ready
-// to be multiplied with several rows, TAKEN is what it takes off each, and BYTES is what four activations take.
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) && !defined(__AVX512F__)
-template <bool>
-struct Dot {
-  using Sum = I;
-  using Weights = I;
-  static constexpr int TAKEN = 0, BYTES = 4;
-  static Weights of(I u) { return u; }
-  static Sum add(Sum sum, Weights u, const int8_t* x) {
-    const I four = splat(load<int32_t>(x));
-#ifdef __AVX512VNNI__
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)four);
-#else
-    return (I)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)four);
-#endif
-  }
-  static Sum begin(int32_t n) { return splat(n); }
-  static I total(Sum sum, int32_t) { return sum; }
-};
-#elif defined(__AVX512BW__) || defined(__AVX2__) && !defined(__AVX512F__)
-using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
-using UnsignedShorts = uint16_t __attribute__((vector_size(4 * LANES)));
-
-// A sum made here and now: additions that a compiler puts off keep more products waiting than there are registers.
-template <class V>
-inline V settled(V sum) {
-  asm("" : "+v"(sum));
-  return sum;
-}
-
-#ifdef __AVX512BW__
-inline Shorts byte_products(I u, I x) { return (Shorts)_mm512_maddubs_epi16((__m512i)u, (__m512i)x); }
-inline I short_products(Shorts u, Shorts x) { return (I)_mm512_madd_epi16((__m512i)u, (__m512i)x); }
-#else
-inline Shorts byte_products(I u, I x) { return (Shorts)_mm256_maddubs_epi16((__m256i)u, (__m256i)x); }
-inline I short_products(Shorts u, Shorts x) { return (I)_mm256_madd_epi16((__m256i)u, (__m256i)x); }
-#endif
-template <bool BITS8>
-struct Dot {  // 8 · 2 products of 15 and 127 stay within 16 bits
-  using Sum = Shorts;
-  using Weights = I;
-  static constexpr int TAKEN = 0, BYTES = 4;
-  static Weights of(I u) { return u; }
-  static Sum add(Sum sum, Weights u, const int8_t* x) {
-    return settled(sum + byte_products(u, splat(load<int32_t>(x))));
-  }
-  static Sum begin(int32_t) { return Sum{}; }
-  static I total(Sum sum, int32_t n) { return short_products(sum, Shorts{} + 1) + n; }
-};
-template <>
-struct Dot<true> {  // two products of 255 and 127 do not: weights and activations become 16 bits, every second together
-  using Sum = I;
-  struct Weights {
-    Shorts even, odd;
-  };
-  static constexpr int TAKEN = 0, BYTES = 8;
-  static Weights of(I u) { return {(Shorts)(u & 0x00ff00ff), (Shorts)((UnsignedShorts)u >> 8)}; }
-  static Sum add(Sum sum, Weights u, const int8_t* x) {
-    sum = settled(sum + short_products(u.even, (Shorts)splat(load<int32_t>(x))));
-    return settled(sum + short_products(u.odd, (Shorts)splat(load<int32_t>(x + 4))));
-  }
-  static Sum begin(int32_t n) { return splat(n); }
-  static I total(Sum sum, int32_t) { return sum; }
-};
-#else
-template <bool BITS8>
-struct Dot {
-  using Sum = I;
-  using Weights = I;
-#ifdef __ARM_FEATURE_DOTPROD
-  static constexpr int TAKEN = BITS8 ? 128 : 0, BYTES = 4;
-  static Weights of(I u) { return BITS8 ? u ^ (int32_t)0x80808080 : u; }
-  static Sum add(Sum sum, Weights u, const int8_t* x) {
-    return (I)vdotq_s32((int32x4_t)sum, (int8x16_t)u, (int8x16_t)splat(load<int32_t>(x)));
-  }
-#else
-  static constexpr int TAKEN = 0, BYTES = 4;
-  static Weights of(I u) { return u; }
-  static Sum add(Sum sum, Weights u, const int8_t* x) {
-    for (int i = 0; i < 4; i++) sum += ((u >> (8 * i)) & 255) * (int32_t)x[i];
-    return sum;
-  }
-#endif
-  static Sum begin(int32_t n) { return splat(n); }
-  static I total(Sum sum, int32_t) { return sum; }
-};
-#endif
-
-// Stores small whole numbers as a product of 4 or 8 bits wants activations (p is where the first of them goes); their sum.
-template <int BYTES>
-inline int32_t small(int8_t* p, I a) {
-  static_assert(BYTES == 4 || BYTES == 8);
-#if defined(__AVX512F__)
-  if constexpr (BYTES == 4) {
-    const __m128i b = _mm512_cvtepi32_epi8((__m512i)a);
-    _mm_storeu_si128((__m128i*)p, b);
-    const __m128i eights = _mm_sad_epu8(_mm_xor_si128(b, _mm_set1_epi8(-128)), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(eights) + _mm_extract_epi32(eights, 2) - 16 * 128;
-  }
-#elif defined(__AVX2__)
-  const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
-  __m128i s = _mm_madd_epi16(eight, _mm_set1_epi16(1));
-  s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
-  if constexpr (BYTES == 4) _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(eight, eight));
-  else _mm_storeu_si128((__m128i*)p, _mm_shufflehi_epi16(_mm_shufflelo_epi16(eight, 0xd8), 0xd8));
-  return _mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 1);
-#endif
-  int32_t all = 0;
-  for (int i = 0; i < LANES; i++) {
-    all += a[i];
-    if constexpr (BYTES == 4) p[i] = (int8_t)a[i];
-    else ((int16_t*)p)[(i & ~3) | (i & 1) << 1 | (i & 2) >> 1] = (int16_t)a[i];
-  }
-  return all;
-}
 
 // --- functions ---
 

@@ -13,7 +13,7 @@
 #pragma once
 #include <algorithm>
 
-#include "simd.h"
+#include "dot.h"
 
 namespace qkv {
 
