@@ -47,7 +47,7 @@ def main() -> None:
         print("a quick run: it shows that everything runs, and its figures mean nothing")
     with tempfile.TemporaryDirectory() as folder:
         rounds = 1 if options.quick else options.rounds
-        settings = Settings(options.threads, rounds, options.quick, Path(folder), options.csv, options.without)
+        settings = Settings(options.threads, rounds, options.quick, Path(folder), options.csv, tuple(options.without))
         for name in options.works or WORKS:
             for work in import_module(f"benchmarks.runtime.{name}").works(settings):
                 compare(work, settings)

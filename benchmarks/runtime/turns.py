@@ -43,7 +43,7 @@ class Settings:
     folder: Path
     """For files that are made on the way; it is removed at the end."""
     csv: Path | None = None
-    without: Sequence[str] = ()
+    without: tuple[str, ...] = ()
     """Forms whose name holds one of these words are left out."""
 
     def size(self, full: int, quick: int) -> int:

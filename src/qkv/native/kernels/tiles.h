@@ -107,7 +107,7 @@ template <int S, int T, int R>
 void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahead ahead) {
   using Product = Dot<(S & BITS8) != 0>;
   constexpr int four = Product::BYTES;
-  constexpr bool halves = S & HALVES, minima = S & MINIMA;
+  constexpr bool halves = S & HALVES, minima = S & MINIMA, shifted = zero_of(S) != 0;
   constexpr bool two = halves || R == 1;  // sums: of the halves, or of one row, for the latency of a product
   const int blocks = x.inputs / BLOCK;
   const int64_t row = (int64_t)x.inputs / 4 * four;
@@ -120,7 +120,7 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahe
     typename Product::Sum all[2][T][R];
     for (int h = 0; h < 2; h++)
       for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) all[h][t][r] = Product::begin(x.blocks[r * blocks + b].from[h]);
+        for (int r = 0; r < R; r++) all[h][t][r] = Product::begin(shifted ? x.blocks[r * blocks + b].from[h] : 0);
     const auto multiply = [&](int v, const auto& u) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
@@ -149,15 +149,16 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahe
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const Block& block = x.blocks[r * blocks + b];
+        const int from[2] = {shifted ? block.from[0] : 0, shifted ? block.from[1] : 0};
         F& sum = sums[t][r];
         if constexpr (halves) {
-          F y = floats(Product::total(all[1][t][r], block.from[1])) * d2;
-          y = fma(floats(Product::total(all[0][t][r], block.from[0])), d, y);
+          F y = floats(Product::total(all[1][t][r], from[1])) * d2;
+          y = fma(floats(Product::total(all[0][t][r], from[0])), d, y);
           if (minima) y = fma(m, splat(block.sums[0]), fma(m2, splat(block.sums[1]), y));
           sum = fma(y, splat(block.scale), sum);
         } else {
           const auto whole = two ? all[0][t][r] + all[1][t][r] : all[0][t][r];
-          sum = fma(floats(Product::total(whole, block.from[0])) * d, splat(block.scale), sum);
+          sum = fma(floats(Product::total(whole, from[0])) * d, splat(block.scale), sum);
           if (minima) sum = fma(m, splat(block.moment), sum);
         }
       }
