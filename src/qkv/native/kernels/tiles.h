@@ -102,13 +102,40 @@ struct Ahead {
   int bytes;
 };
 
+// What 32 inputs of a tile are multiplied with after they have been added up in whole numbers.
+template <int S>
+struct Scales {
+  static constexpr bool halves = S & HALVES, minima = S & MINIMA;
+  using Product = Dot<(S & BITS8) != 0>;
+  using Sum = typename Product::Sum;
+  F d, d2, m, m2;
+
+  explicit Scales(const half* p)
+      : d(load(p)), d2(halves ? load(p + LANES) : F{}), m(minima ? load(p + LANES * (1 + halves)) : F{}),
+        m2(minima && halves ? load(p + 3 * LANES) : F{}) {}
+
+  // What a sum begins with: nothing, where no weight is shifted.
+  static int from(const Block& block, int half) { return zero_of(S) ? block.from[half] : 0; }
+
+  // y + scale (d Σ + m Σ q), for the sums of the halves where they have scales of their own; else `low` is that of all.
+  F add(F y, Sum low, Sum high, const Block& block) const {
+    F one = floats(Product::total(low, from(block, 0)));
+    if constexpr (halves) {
+      one = fma(one, d, floats(Product::total(high, from(block, 1))) * d2);
+      if (minima) one = fma(m, splat(block.sums[0]), fma(m2, splat(block.sums[1]), one));
+      return fma(one, splat(block.scale), y);
+    }
+    y = fma(one * d, splat(block.scale), y);
+    return minima ? fma(m, splat(block.moment), y) : y;
+  }
+};
+
 // out[t][r][lane] = Σ over inputs, for T tiles side by side, `apart` bytes apart, and R rows.
 template <int S, int T, int R>
 void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahead ahead) {
-  using Product = Dot<(S & BITS8) != 0>;
+  using Product = typename Scales<S>::Product;
+  constexpr bool halves = S & HALVES, two = halves || R == 1;  // sums: of each half, or of one row, for their latency
   constexpr int four = Product::BYTES;
-  constexpr bool halves = S & HALVES, minima = S & MINIMA, shifted = zero_of(S) != 0;
-  constexpr bool two = halves || R == 1;  // sums: of the halves, or of one row, for the latency of a product
   const int blocks = x.inputs / BLOCK;
   const int64_t row = (int64_t)x.inputs / 4 * four;
   F sums[T][R] = {};
@@ -116,12 +143,11 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahe
     const int bytes = T == 1 ? block_bytes(S) : ahead.bytes;
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead.at + at);
     ahead.at += bytes;
-    const int8_t* q = x.q + BLOCK / 4 * four * b;
     typename Product::Sum all[2][T][R];
     for (int h = 0; h < 2; h++)
       for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) all[h][t][r] = Product::begin(shifted ? x.blocks[r * blocks + b].from[h] : 0);
-    const auto multiply = [&](int v, const auto& u) {
+        for (int r = 0; r < R; r++) all[h][t][r] = Product::begin(Scales<S>::from(x.blocks[r * blocks + b], h));
+    const auto multiply = [&, q = x.q + BLOCK / 4 * four * b](int v, const auto& u) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) {
@@ -142,25 +168,11 @@ void packed_tile(const uint8_t* w, int64_t apart, Activations x, float* out, Ahe
     }
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++) {
-      const half* scales = (const half*)(w + t * apart + numbers_bytes(S));
-      const F d = load(scales), d2 = halves ? load(scales + LANES) : F{};
-      const F m = minima ? load(scales + LANES * (1 + halves)) : F{};
-      const F m2 = minima && halves ? load(scales + 3 * LANES) : F{};
+      const Scales<S> scales((const half*)(w + t * apart + numbers_bytes(S)));
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const Block& block = x.blocks[r * blocks + b];
-        const int from[2] = {shifted ? block.from[0] : 0, shifted ? block.from[1] : 0};
-        F& sum = sums[t][r];
-        if constexpr (halves) {
-          F y = floats(Product::total(all[1][t][r], from[1])) * d2;
-          y = fma(floats(Product::total(all[0][t][r], from[0])), d, y);
-          if (minima) y = fma(m, splat(block.sums[0]), fma(m2, splat(block.sums[1]), y));
-          sum = fma(y, splat(block.scale), sum);
-        } else {
-          const auto whole = two ? all[0][t][r] + all[1][t][r] : all[0][t][r];
-          sum = fma(floats(Product::total(whole, from[0])) * d, splat(block.scale), sum);
-          if (minima) sum = fma(m, splat(block.moment), sum);
-        }
+        const auto low = two && !halves ? all[0][t][r] + all[1][t][r] : all[0][t][r];
+        sums[t][r] = scales.add(sums[t][r], low, all[1][t][r], x.blocks[r * blocks + b]);
       }
     }
   }
