@@ -373,15 +373,19 @@ bool looked() {
   for (int64_t width : {1, 63, 64, 70, 513, 1040}) {
     constexpr int64_t rows = 3;
     const float *x = floats(rows * width), *m = floats(rows, 1);
-    std::vector<float> maxima[2], sums[2];
+    std::vector<float> maxima[2], sums[2], values[2];
+    std::vector<int64_t> places[2];
+    const int k = std::min<int64_t>(width, 5);
     for (int threads : {1, 2}) {
       Engine engine(threads);
       auto &most = maxima[threads - 1], &sum = sums[threads - 1];
       most.resize(rows * ((width + 63) / 64)), sum.resize(rows * ((width + 511) / 512));
       qkv_maxima(&engine, x, rows, width, 64, most.data());
       qkv_sums(&engine, x, rows, width, 512, m, 0.7f, sum.data());
+      values[threads - 1].resize(rows * k), places[threads - 1].resize(rows * k);
+      qkv_largest(&engine, x, rows, width, 64, most.data(), k, values[threads - 1].data(), places[threads - 1].data());
     }
-    if (maxima[0] == maxima[1] && sums[0] == sums[1]) continue;
+    if (maxima[0] == maxima[1] && sums[0] == sums[1] && values[0] == values[1] && places[0] == places[1]) continue;
     printf("scores of %d differ between one thread and two\n", (int)width);
     return false;
   }

@@ -50,28 +50,28 @@ def test_argmax_is_the_first_of_the_largest(kernels, V):
 
 @sizes
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 700])
-def test_the_largest_are_those_of_a_sort(V, k):
+def test_the_largest_are_those_of_a_sort(kernels, V, k):
     x = rows(V)
     k = min(k, V)
-    values, ids = Scores(x).largest(k)
+    values, ids = Scores(x, kernels).largest(k)
     assert torch.equal(values, x.sort(-1, descending=True).values[:, :k])
     assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == k for row in ids.tolist())
 
 
 @pytest.mark.parametrize("k", [1, 20, 64])
-def test_of_equal_ones_so_many_are_largest(k):
+def test_of_equal_ones_so_many_are_largest(kernels, k):
     x = torch.zeros(2, 9001)
     x[1, ::5] = 1.0
     x[1, -1] = 2.0
-    values, ids = Scores(x).largest(k)
+    values, ids = Scores(x, kernels).largest(k)
     assert torch.equal(values, x.sort(-1, descending=True).values[:, :k])
     assert torch.equal(x.gather(1, ids), values) and all(len(set(row)) == k for row in ids.tolist())
 
 
-def test_what_is_forbidden_is_largest_last():
+def test_what_is_forbidden_is_largest_last(kernels):
     x = torch.full((1, 9001), -math.inf)
     x[0, [3, 9000, 4500]] = torch.tensor([1.0, 2.0, 3.0])
-    values, ids = Scores(x).largest(5)
+    values, ids = Scores(x, kernels).largest(5)
     assert ids[0, :3].tolist() == [4500, 9000, 3] and values[0, 3:].tolist() == [-math.inf] * 2
     assert ids.max() < 9001
 
@@ -153,6 +153,7 @@ def test_what_is_no_number_gives_some_place(draw):
 
 
 def test_where_all_is_forbidden_some_place_is_largest(kernels):
+    assert Scores(torch.full((1, 700), math.nan), kernels).largest(3)[1].max() < 700
     scores = Scores(torch.full((1, 700), -math.inf), kernels)
     assert 0 <= int(scores.argmax()) < 700 and 0 <= int(scores.draw(torch.tensor([0.5]))) < 700
 

@@ -110,7 +110,8 @@ def library() -> ct.CDLL:
     lib.qkv_run.argtypes, lib.qkv_run.restype = [ct.c_void_p, ct.c_void_p, ct.POINTER(Call)], ct.c_int
     lib.qkv_maxima.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p]
     lib.qkv_sums.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p, ct.c_float, ct.c_void_p]
-    lib.qkv_maxima.restype = lib.qkv_sums.restype = None
+    lib.qkv_largest.argtypes = [*[ct.c_void_p] * 2, *[ct.c_int64] * 3, ct.c_void_p, ct.c_int, *[ct.c_void_p] * 2]
+    lib.qkv_maxima.restype = lib.qkv_sums.restype = lib.qkv_largest.restype = None
     lib.qkv_lanes.argtypes, lib.qkv_lanes.restype = [], ct.c_int
     lib.qkv_tile_bytes.argtypes, lib.qkv_tile_bytes.restype = [ct.c_int, ct.c_int64], ct.c_int64
     lib.qkv_store.argtypes, lib.qkv_store.restype = [ct.c_int], ct.c_int
@@ -170,6 +171,14 @@ class Engine:
         out = x.new_empty(len(x), -(-x.shape[1] // SUM))
         library().qkv_sums(self.own(), x.data_ptr(), *x.shape, SUM, m.data_ptr(), T, out.data_ptr())
         return out
+
+    def largest(self, x: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        x, maxima = x.contiguous(), maxima.contiguous()
+        values, places = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
+        library().qkv_largest(
+            self.own(), x.data_ptr(), *x.shape, MAX, maxima.data_ptr(), k, values.data_ptr(), places.data_ptr()
+        )
+        return values, places
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if hasattr(self, "handle") and not ending():

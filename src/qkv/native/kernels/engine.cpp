@@ -568,6 +568,13 @@ void qkv_sums(Engine* engine, const float* x, int64_t rows, int64_t width, int64
   engine->every(scores, [&](int64_t k) { out[k] = mass(scores, k, m, T); });
 }
 
+// The k largest of each row, by the maxima of its blocks.
+void qkv_largest(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, const float* maxima, int k,
+                 float* values, int64_t* places) {
+  const qkv::Scored scores{x, rows, width, size}, whole{x, rows, width, width};
+  engine->every(whole, [&](int64_t row) { k_largest(scores, row, maxima, k, values + row * k, places + row * k); });
+}
+
 // How a block format is kept in tiles; −1 for one that is not known.
 int qkv_store(int format) {
   const qkv::Format* found = qkv::format(format);

@@ -1,6 +1,8 @@
 // Looking at whole rows of scores, for those who choose from them.
 #pragma once
 #include <algorithm>
+#include <functional>
+#include <vector>
 
 #include "simd.h"
 
@@ -40,6 +42,34 @@ inline float mass(const Scored& scores, int64_t k, const float* m, float T) {
     const F y = (x - top) * inverse;
     return total + choose(y > least, exp(y), F{});  // what is less is as good as nothing
   }));
+}
+
+// The k largest of a row and where they stand, largest first, of equal ones the first. None of them is less than the
+// k-th largest of the blocks' maxima. A row of what is no number gives some places.
+inline void k_largest(const Scored& scores, int64_t row, const float* maxima, int k, float* values, int64_t* places) {
+  const int64_t blocks = scores.per_row();
+  const float *x = scores.x + row * scores.width, *most = maxima + row * blocks;
+  float least = -INFINITY;
+  if (k < blocks) {
+    std::vector<float> sorted(most, most + blocks);
+    std::nth_element(sorted.begin(), sorted.begin() + k - 1, sorted.end(), std::greater<>());
+    least = sorted[k - 1];
+  }
+  struct Found {
+    float value;
+    int64_t place;
+  };
+  std::vector<Found> found;
+  for (int64_t b = 0; b < blocks; b++) {
+    if (!(most[b] >= least)) continue;
+    for (int64_t i = b * scores.size; i < std::min((b + 1) * scores.size, scores.width); i++)
+      if (x[i] >= least) found.push_back({x[i], i});
+  }
+  for (int64_t i = 0; (int64_t)found.size() < k; i++) found.push_back({x[i], i});
+  std::partial_sort(found.begin(), found.begin() + k, found.end(), [](const Found& a, const Found& b) {
+    return a.value > b.value || (a.value == b.value && a.place < b.place);
+  });
+  for (int i = 0; i < k; i++) values[i] = found[i].value, places[i] = found[i].place;
 }
 
 }  // namespace qkv

@@ -27,6 +27,9 @@ class Kernels(Protocol):
     def sums(self, x: Tensor, m: Tensor, T: float) -> Tensor:
         """Σ e^{(x_i − m)/T} over each block, m (B 1) the row's largest: B ⌈V / SUM⌉."""
 
+    def largest(self, x: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest and where they stand, both B k, largest first, by the maxima of blocks."""
+
 
 class InTorch:
     """The kernels that are always there."""
@@ -45,6 +48,15 @@ class InTorch:
             torch.sub(row, top, out=inside).mul_(math.log2(math.e) / T).exp2_()
             sums.append(blocks.sum(-1))
         return torch.stack(sums)
+
+    def largest(self, x: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """They lie in the k blocks of largest maxima."""
+        if 2 * k > maxima.shape[1]:
+            return naive.largest(x, k)
+        numbers = maxima.topk(k, -1).indices
+        values, at = blocks(x, numbers, MAX).flatten(1).topk(k, -1)
+        ids = numbers.gather(1, at // MAX) * MAX + at % MAX
+        return values, ids.clamp(max=x.shape[1] - 1)  # where −∞ is among the largest, so is what fills a block
 
 
 class Scores:
@@ -103,16 +115,11 @@ class Scores:
     def argmax(self) -> Tensor:
         """The first of the largest of each row: B."""
         block = self.maxima.argmax(-1, keepdim=True)
-        return block[:, 0] * MAX + self.blocks(block, MAX)[:, 0].argmax(-1)
+        return block[:, 0] * MAX + blocks(self.x, block, MAX)[:, 0].argmax(-1)
 
     def largest(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest and where they stand, both B k, largest first: they lie in the k blocks of largest maxima."""
-        if 2 * k > self.maxima.shape[1]:
-            return naive.largest(self.x, k)
-        blocks = self.maxima.topk(k, -1).indices
-        values, at = self.blocks(blocks, MAX).flatten(1).topk(k, -1)
-        ids = blocks.gather(1, at // MAX) * MAX + at % MAX
-        return values, ids.clamp(max=self.x.shape[1] - 1)  # where −∞ is among the largest, so is what fills a block
+        """The k largest and where they stand, both B k, largest first."""
+        return self.kernels.largest(self.x, self.maxima, k)
 
     def draw(self, u: Tensor, T: float = 1.0) -> Tensor:
         """By u (B) in [0, 1), the first i with Σ_{j ≤ i} w_j > u Σ_j w_j, for w = e^{(x − m)/T}: B.
@@ -125,12 +132,13 @@ class Scores:
         target = u[:, None] * reached[:, -1:]
         block = naive.first(reached, target)
         over = (reached.gather(1, block) - target) / sums.gather(1, block)
-        inside = naive.weights(self.blocks(block, SUM)[:, 0], self.m, T).cumsum(-1)
+        inside = naive.weights(blocks(self.x, block, SUM)[:, 0], self.m, T).cumsum(-1)
         at = naive.first(inside, (1 - over).clamp(0, BELOW) * inside[:, -1:])
         return (block * SUM + at)[:, 0].clamp(max=self.x.shape[1] - 1)
 
-    def blocks(self, numbers: Tensor, size: int) -> Tensor:
-        """Some blocks of each row: B n → B n size, filled up with −∞."""
-        V = self.x.shape[1]
-        at = (numbers[..., None] * size + torch.arange(size, device=numbers.device)).flatten(1)
-        return self.x.gather(1, at.clamp(max=V - 1)).masked_fill_(at >= V, -math.inf).unflatten(1, (-1, size))
+
+def blocks(x: Tensor, numbers: Tensor, size: int) -> Tensor:
+    """Some blocks of each row of x (B V): B n → B n size, filled up with −∞."""
+    V = x.shape[1]
+    at = (numbers[..., None] * size + torch.arange(size, device=numbers.device)).flatten(1)
+    return x.gather(1, at.clamp(max=V - 1)).masked_fill_(at >= V, -math.inf).unflatten(1, (-1, size))
