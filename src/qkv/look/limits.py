@@ -4,7 +4,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ class Limits:
     """Operations a second in a product of two matrices, 2 for each multiply-add, by the type of the numbers."""
 
     def product(self, kind: str) -> float:
-        """The limit for a type; where it was not measured, that of fp32."""
+        """The limit for a type; where torch shows none, that of fp32, which packed weights may pass."""
         return self.products.get(kind, self.products["fp32"])
 
     def __str__(self) -> str:
@@ -39,10 +39,16 @@ def measure_limits(threads: int | None = None, *, size: int = 1 << 26, side: int
         bandwidth = 4 * size / best(x.sum)
         del x
         products = {name: multiplying(kind, side) for name, kind in KINDS.items()}
-    return Limits(count, bandwidth, {name: rate for name, rate in products.items() if rate is not None})
+    return Limits(count, bandwidth, sound(products))
 
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def sound(products: Mapping[str, float | None]) -> dict[str, float]:
+    """Without the types that torch cannot multiply, or has no instructions for, so that fp32 is faster: no limit."""
+    least = products["fp32"] or 0.0
+    return {name: rate for name, rate in products.items() if rate is not None and rate >= least}
 
 
 def multiplying(kind: torch.dtype, most: int) -> float | None:
