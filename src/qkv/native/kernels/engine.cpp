@@ -365,7 +365,7 @@ class Engine {
   template <class Where>
   void products(const Op& op, const uint8_t* weight, const Operand& x, int first, int last, int from, int to,
                 Where where) {
-    float out[4][ROWS * LANES];
+    float out[TILES][ROWS * LANES];
     const int unit = op.gated ? 2 : 1, step = dense(op.store) ? TILES : 2;
     const int64_t bytes = tile_bytes(op.store, op.inputs);
     for (int row = first; row < last; row += ROWS) {

@@ -45,7 +45,7 @@ inline float mass(const Scored& scores, int64_t k, const float* m, float T) {
 }
 
 // The k largest of a row and where they stand, largest first, of equal ones the first. None of them is less than the
-// k-th largest of the blocks' maxima. A row of what is no number gives some places.
+// k-th largest of the blocks' maxima. What is no number is not looked at: where too few are left, some places at −∞.
 inline void k_largest(const Scored& scores, int64_t row, const float* maxima, int k, float* values, int64_t* places) {
   const int64_t blocks = scores.per_row();
   const float *x = scores.x + row * scores.width, *most = maxima + row * blocks;
@@ -65,11 +65,14 @@ inline void k_largest(const Scored& scores, int64_t row, const float* maxima, in
     for (int64_t i = b * scores.size; i < std::min((b + 1) * scores.size, scores.width); i++)
       if (x[i] >= least) found.push_back({x[i], i});
   }
-  for (int64_t i = 0; (int64_t)found.size() < k; i++) found.push_back({x[i], i});
-  std::partial_sort(found.begin(), found.begin() + k, found.end(), [](const Found& a, const Found& b) {
+  const int some = std::min<int64_t>(k, found.size());
+  std::partial_sort(found.begin(), found.begin() + some, found.end(), [](const Found& a, const Found& b) {
     return a.value > b.value || (a.value == b.value && a.place < b.place);
   });
-  for (int i = 0; i < k; i++) values[i] = found[i].value, places[i] = found[i].place;
+  for (int i = 0; i < k; i++) {
+    const Found one = i < some ? found[i] : Found{-INFINITY, i};
+    values[i] = one.value, places[i] = one.place;
+  }
 }
 
 }  // namespace qkv
