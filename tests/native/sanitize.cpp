@@ -392,10 +392,27 @@ bool looked() {
   return true;
 }
 
+// The first parts of runs, from page to page, in memory that ends where they do.
+bool copied() {
+  for (int threads : {1, 2}) {
+    Engine engine(threads);
+    const std::vector<std::vector<uint8_t>> from = {{1, 2, 3, 4, 5, 6}, {7, 8, 9, 10, 11, 12}};
+    std::vector<std::vector<uint8_t>> to(2, std::vector<uint8_t>(6));
+    const uint8_t* old[] = {from[0].data(), from[1].data()};
+    uint8_t* made[] = {to[0].data(), to[1].data()};
+    const int64_t parts[] = {1, 3};
+    qkv_copy(&engine, old, made, parts, 2, 2, 3);
+    if (to[0] == std::vector<uint8_t>{1, 0, 0, 4, 0, 0} && to[1] == from[1]) continue;
+    puts("pages are not copied");
+    return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
-  if (!packed() || !looked()) return 1;
+  if (!packed() || !looked() || !copied()) return 1;
   const std::vector<std::vector<std::vector<int>>> ways = {{{1, 71, 5}}, {{1, 1, 3}, {0, 61, 0}, {0, 1, 0}, {1, 8, 2}}};
   for (int store : {0, 1, 2, 3, 4, 5, 6, 7})
     if (!same({store, 96, 4, 2, 24, 64, 32, store % 2 == 0}, 80, ways)) return 1;

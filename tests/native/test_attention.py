@@ -73,7 +73,7 @@ class Native:
         mixers.lower(build, body, Read(INPUT), Add(OUTPUT))
         self.program = Program(engine(threads), build)
         self.program.reach(max(LENGTHS))
-        self.cell = Paged(Pages(build.page), len(LENGTHS))
+        self.cell = Paged(Pages(self.program.engine, build.page), len(LENGTHS))
         self.lengths = np.zeros(len(LENGTHS), np.int64)
 
     def feed(self, some: list[Tensor]) -> list[Tensor]:

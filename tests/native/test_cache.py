@@ -10,7 +10,7 @@ from qkv.decode import Beam, decode
 from qkv.models import EncoderDecoder
 from qkv.native import fast
 from qkv.native.cache import Held, Paged, Pages
-from qkv.native.library import PAGE, lanes
+from qkv.native.library import PAGE, Engine, lanes
 from qkv.native.program import Pass
 from tests.contracts.specs import VOCAB, decoders, pairs, rough
 
@@ -45,7 +45,7 @@ def held(pages: Pages) -> int:
 
 
 def test_texts_have_as_many_pages_as_they_fill() -> None:
-    pages = Pages(16)
+    pages = Pages(Engine(1), 16)
     cell = filled(pages, 0, 1, PAGE, PAGE + 1, 9 * PAGE)
     assert cell.counts.tolist() == [0, 1, 1, 2, 9] and held(pages) == 13
     seen = cell.seen(lengths := np.array([0, 1, 64, 65, 576], np.int32))
@@ -58,7 +58,7 @@ def test_texts_have_as_many_pages_as_they_fill() -> None:
 
 
 def test_a_shared_page_is_copied_when_it_is_written() -> None:
-    pages = Pages(16)
+    pages = Pages(Engine(1), 16)
     cell = filled(pages, 2 * PAGE + 5, 7)
     cell.select(torch.tensor([0, 0, 1, 0]))
     assert held(pages) == 4 and content(cell) == [[0, 1, 2], [0, 1, 2], [10], [0, 1, 2]]
@@ -76,8 +76,22 @@ def test_a_shared_page_is_copied_when_it_is_written() -> None:
     assert held(pages) == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_each_head_only_what_is_filled_is_copied(threads: int) -> None:
+    """In vectors of positions: what stands behind them is written before it is read."""
+    heads, position = 3, 4  # bytes of a position
+    pages = Pages(Engine(threads), heads * PAGE * position, PAGE * position)
+    cell = filled(pages, 5, PAGE + lanes() + 1)
+    cell.select(torch.tensor([0, 0, 1, 1]))
+    starts = np.array([5, 5, PAGE + lanes() + 1, PAGE + lanes() + 1])
+    cell.reserve(starts, starts + 1)
+    for row, n, number, whole in ((0, 0, 0, lanes()), (2, 1, 11, 2 * lanes())):
+        copied = pages.memory[cell.table[row, n]].view(heads, PAGE, position)
+        assert (copied[:, :whole] == number).all() and not copied[:, whole:].any()
+
+
 def test_pages_are_free_when_nobody_holds_them_and_are_used_again() -> None:
-    pages = Pages(16)
+    pages = Pages(Engine(1), 16)
     first, second = filled(pages, 3 * PAGE), filled(pages, PAGE, PAGE)
     second.select(torch.tensor([1, 1, 0]))
     assert held(pages) == 5

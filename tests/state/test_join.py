@@ -11,7 +11,7 @@ from qkv.models import Module
 from qkv.models.model import Model
 from qkv.native import fast
 from qkv.native.cache import Paged, Pages, Read
-from qkv.native.library import PAGE
+from qkv.native.library import PAGE, Engine
 from qkv.state import Cross, State
 from tests.contracts.specs import VOCAB, decoders, pairs, rough
 
@@ -171,7 +171,7 @@ def test_states_that_do_not_fit_are_not_joined() -> None:
 
 
 def test_pages_are_copied_when_one_of_those_that_share_them_writes() -> None:
-    pages = Pages(16)
+    pages = Pages(Engine(1), 16)
     text = Paged(pages, 1)
     text.reserve(*(torch.tensor([n]).numpy() for n in (0, 2 * PAGE + 3)))
     fork = text.fork(None, 2 * PAGE + 10)
@@ -188,7 +188,7 @@ def test_pages_are_copied_when_one_of_those_that_share_them_writes() -> None:
 
 
 def test_a_memory_that_is_read_no_longer_is_let_go() -> None:
-    pages = Pages(16)
+    pages = Pages(Engine(1), 16)
     paged, lengths = Paged(pages, 3), torch.tensor([5, 6, 7], dtype=torch.int32).numpy()
     paged.reserve(0 * lengths, lengths)
     cell = Read(paged, lengths)

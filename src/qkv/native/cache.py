@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.native.library import PAGE, Cache, lanes
+from qkv.native.library import PAGE, Cache, Engine, Numbers, lanes
 
 
 class Pages:
     """Pages of 64 positions for all layers of a program, counted by how many texts hold them."""
 
-    def __init__(self, size: int, run: int | None = None) -> None:
-        self.size, self.run = size, run
+    def __init__(self, engine: Engine, size: int, run: int | None = None) -> None:
+        self.engine, self.size, self.run = engine, size, run
         """Bytes; a run is what each head's keys, and its values, take of a page, if that is as much for all."""
         self.memory: list[Tensor] = []
         self.address = np.zeros(0, np.uint64)
@@ -35,24 +35,22 @@ class Pages:
         self.held[page] = 1
         return page
 
-    def hold(self, table: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:
+    def hold(self, table: Numbers, counts: Numbers) -> None:
         """One more text holds the first counts[b] pages of each row b of a table."""
         np.add.at(self.held, filled(table, counts), 1)
 
-    def drop(self, pages: np.ndarray[Any, Any]) -> None:
+    def drop(self, pages: Numbers) -> None:
         np.subtract.at(self.held, pages, 1)
         self.free += np.unique(pages[self.held[pages] == 0]).tolist()
 
-    def copy(self, page: int, used: int) -> int:
-        """Another page with the same first positions, `used` of them."""
-        made = self.take()
-        old, new = self.memory[page].numpy(), self.memory[made].numpy()  # numpy also reads what inference mode made
-        if self.run is None:
-            new[:] = old
-        else:
-            part = self.run * -(-used // lanes()) // (PAGE // lanes())
-            new.reshape(-1, self.run)[:, :part] = old.reshape(-1, self.run)[:, :part]
-        return made
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """From one page to another what stands in its first positions: (from, to, positions)."""
+        if not copies or not self.size:  # what keeps nothing by position has pages of no bytes
+            return
+        old, new, used = np.array(copies).T
+        run = self.run or self.size
+        parts = run * -(-used // lanes()) // (PAGE // lanes()) if self.run else np.full(len(copies), run)
+        self.engine.copy(self.address[old], self.address[new], parts, self.size // run, run)
 
 
 class Paged:
@@ -63,19 +61,21 @@ class Paged:
         self.table = np.zeros((batch, 4), np.int32)
         self.counts = np.zeros(batch, np.int32)
 
-    def reserve(self, starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> None:
+    def reserve(self, starts: Numbers, ends: Numbers) -> None:
         """Room to write positions starts[b] to ends[b] of each text b; a page that others hold is copied first."""
+        pages, copies = self.pages, list[tuple[int, int, int]]()
         for row in self.unready(starts, ends).tolist():
             start = int(starts[row])
             for n in range(start // PAGE, -(-int(ends[row]) // PAGE)):
                 if n >= self.counts[row]:
                     self.add(row)
-                elif self.pages.held[self.table[row, n]] > 1:
-                    shared = self.table[row, n : n + 1].copy()
-                    self.table[row, n] = self.pages.copy(int(shared[0]), max(0, start - n * PAGE))
-                    self.pages.drop(shared)
+                elif pages.held[shared := int(self.table[row, n])] > 1:
+                    pages.held[shared] -= 1
+                    self.table[row, n] = own = pages.take()
+                    copies.append((shared, own, max(0, start - n * PAGE)))
+        pages.copy(copies)
 
-    def unready(self, starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def unready(self, starts: Numbers, ends: Numbers) -> Numbers:
         """The texts that may lack a page of their own: seen at a glance where each writes to one that it holds."""
         n, rows = starts // PAGE, np.arange(len(starts))
         if (ends > (n + 1) * PAGE).any() or (n >= self.counts).any():
@@ -88,7 +88,7 @@ class Paged:
         self.table[row, self.counts[row]] = self.pages.take()
         self.counts[row] += 1
 
-    def seen(self, lengths: np.ndarray[Any, Any]) -> Cache:
+    def seen(self, lengths: Numbers) -> Cache:
         """What the kernels read: texts of these lengths (int32)."""
         address, table = self.pages.address, self.table
         seen = Cache(address.ctypes.data, table.ctypes.data, table.shape[1], lengths.ctypes.data)
@@ -139,7 +139,7 @@ class Paged:
         self.release()
 
 
-def filled(table: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def filled(table: Numbers, counts: Numbers) -> Numbers:
     """The first counts[b] numbers of each row b, one row after the other."""
     return table[np.arange(table.shape[1]) < counts[:, None]]
 
@@ -147,7 +147,7 @@ def filled(table: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndar
 class Read:
     """The cell of the memories that a decoder reads: their pages, and which of them each row reads."""
 
-    def __init__(self, memories: Paged, lengths: np.ndarray[Any, Any]) -> None:
+    def __init__(self, memories: Paged, lengths: Numbers) -> None:
         self.memories, self.lengths = memories, lengths
         self.of = np.arange(len(lengths), dtype=np.int32)
 

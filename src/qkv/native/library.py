@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, IntFlag
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qkv.native.build import built
 from qkv.ops.sample.scores import MAX, SUM
+
+Numbers: TypeAlias = np.ndarray[Any, Any]
 
 
 class Kind(IntEnum):
@@ -112,6 +115,7 @@ def library() -> ct.CDLL:
     lib.qkv_sums.argtypes = [ct.c_void_p, ct.c_void_p, *[ct.c_int64] * 3, ct.c_void_p, ct.c_float, ct.c_void_p]
     lib.qkv_largest.argtypes = [*[ct.c_void_p] * 2, *[ct.c_int64] * 3, ct.c_void_p, ct.c_int, *[ct.c_void_p] * 2]
     lib.qkv_maxima.restype = lib.qkv_sums.restype = lib.qkv_largest.restype = None
+    lib.qkv_copy.argtypes, lib.qkv_copy.restype = [*[ct.c_void_p] * 4, *[ct.c_int64] * 3], None
     lib.qkv_lanes.argtypes, lib.qkv_lanes.restype = [], ct.c_int
     lib.qkv_tile_bytes.argtypes, lib.qkv_tile_bytes.restype = [ct.c_int, ct.c_int64], ct.c_int64
     lib.qkv_store.argtypes, lib.qkv_store.restype = [ct.c_int], ct.c_int
@@ -157,6 +161,10 @@ class Engine:
         if self.handle is None:
             self.handle = library().qkv_engine(self.threads)
         return self.handle
+
+    def copy(self, from_: Numbers, to: Numbers, parts: Numbers, runs: int, run: int) -> None:
+        """Pages at some addresses (uint64), each of so many runs of bytes: of each run the first parts[k] (int64)."""
+        library().qkv_copy(self.own(), *(x.ctypes.data for x in (from_, to, parts)), len(parts), runs, run)
 
     # --- the kernels that look at scores (`ops.sample`) ---
 

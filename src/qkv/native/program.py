@@ -1,7 +1,7 @@
 """Programs in the place of a model's torch passes."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +14,13 @@ from qkv.native import lower
 from qkv.native.builder import Add, Builder
 from qkv.native.builder import Read as ReadFrom
 from qkv.native.cache import Held, Paged, Pages, Read
-from qkv.native.library import INPUT, OUTPUT, Call, Engine, Kind, Records
+from qkv.native.library import INPUT, OUTPUT, Call, Engine, Kind, Numbers, Records
 from qkv.native.mixers import key_norms
 from qkv.native.tiles import Arena
 from qkv.ops.sample.scores import Kernels
 from qkv.parts.head import VocabularyHead
 from qkv.state import Cell, State
 
-Numbers: TypeAlias = np.ndarray[Any, Any]
 ROWS = 256
 """So many rows are computed together at most."""
 SLOTS = np.arange(ROWS, dtype=np.int32)
@@ -72,7 +71,7 @@ class Pass(Program):
         self.width, self.mask = width, wiring.mask
         self.vocabulary = len(wiring.embed.table)
         self.segments = 0 if wiring.embed.segments is None else wiring.embed.segments.num_embeddings
-        self.pages = Pages(build.page, *(build.runs if len(build.runs) == 1 else ()))
+        self.pages = Pages(engine, build.page, *(build.runs if len(build.runs) == 1 else ()))
         self.memories = Memories(engine, arena, build, width, wide_cache) if build.memories else None
 
     def new_cells(self, batch: int, room: int, given: Mapping[str, Tensor]) -> list[dict[str, Cell]]:
@@ -177,7 +176,7 @@ class Memories(Program):
             build.add(Kind.KEYS, **{"in": both}, groups=groups, head_width=head_width, keys_at=keys, values_at=values,
                       **key_norms(build, body))  # fmt: skip
         super().__init__(engine, build)
-        self.pages = Pages(reader.memory_page)
+        self.pages = Pages(engine, reader.memory_page)
 
     def read(self, memory: Tensor, lengths: Tensor | None) -> Read:
         """memory M S C → its cell."""

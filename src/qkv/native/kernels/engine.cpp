@@ -76,11 +76,10 @@ class Engine {
     pool_.run([this](int t) { perform(t); });
   }
 
-  // each(block) for every block of some scores, dealt out evenly; few are done sooner than another thread is called.
+  // each(k) for every k < n, dealt out evenly; what is `few` is done sooner than another thread is called.
   template <class Each>
-  void every(const Scored& scores, Each each) {
-    const int64_t n = scores.blocks();
-    if (scores.rows * scores.width < ALONE) {
+  void every(int64_t n, bool few, Each each) {
+    if (few) {
       for (int64_t k = 0; k < n; k++) each(k);
       return;
     }
@@ -89,6 +88,11 @@ class Engine {
       for (int64_t k = n * t / pool_.threads(); k < n * (t + 1) / pool_.threads(); k++) each(k);
       pool_.barrier.wait();
     });
+  }
+
+  template <class Each>
+  void every(const Scored& scores, Each each) {
+    every(scores.blocks(), scores.rows * scores.width < ALONE, each);
   }
 
  private:
@@ -573,6 +577,15 @@ void qkv_largest(Engine* engine, const float* x, int64_t rows, int64_t width, in
                  float* values, int64_t* places) {
   const qkv::Scored scores{x, rows, width, size}, whole{x, rows, width, width};
   engine->every(whole, [&](int64_t row) { k_largest(scores, row, maxima, k, values + row * k, places + row * k); });
+}
+
+// From page to page, of each run of their bytes the first parts[k].
+void qkv_copy(Engine* engine, const uint8_t* const* from, uint8_t* const* to, const int64_t* parts, int64_t pages,
+              int64_t runs, int64_t run) {
+  engine->every(pages * runs, pages == 1, [&](int64_t k) {
+    const int64_t page = k / runs, at = k % runs * run;
+    memcpy(to[page] + at, from[page] + at, parts[page]);
+  });
 }
 
 // How a block format is kept in tiles; −1 for one that is not known.
