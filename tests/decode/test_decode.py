@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -180,6 +181,23 @@ def test_what_cannot_be_is_refused(prompts, limits, words):
 def test_a_model_without_a_head_says_nothing():
     with pytest.raises(QkvError, match="head"):
         decode(edit(build("decoder").spec, "head", None).build(), [[1]], Greedy(), limits=[3], end=END)
+
+
+@pytest.mark.parametrize("how", SEARCHES)
+def test_a_step_has_one_set_of_scores(monkeypatch, how):
+    """They are large: those of the step before are let go before the next are made."""
+    model, made = build("decoder"), []
+    choices = model.choices
+
+    def watched(x: torch.Tensor) -> Scores:
+        assert not [ref for ref in made if ref() is not None]
+        scores = choices(x)
+        made.append(weakref.ref(scores.x))
+        return scores
+
+    monkeypatch.setattr(model, "choices", watched)
+    search(model, how, [0, 1, 2], None)
+    assert len(made) == max(LIMITS[:3])
 
 
 @torch.inference_mode()

@@ -58,6 +58,7 @@ class Beam(Search):
             total = torch.tensor([step.totals for _, step in going], device=device)
             past.select(parents)
             past.feed(tokens)
+            del logits
             logits = yield Move(parents, tokens)
             live = [live[n] for n, _ in going]
 

@@ -57,6 +57,7 @@ class OneByOne(Search):
                 alive, chosen = alive[keep], chosen[keep]
                 past.select(keep)
             past.feed(chosen)
+            del logits, scores
             logits = yield Move(keep, chosen)
 
 

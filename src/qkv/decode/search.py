@@ -79,6 +79,7 @@ class Rows:
 
     def feed(self, ids: Tensor) -> None:
         """One more token for each row (B)."""
+        del self.scores  # so that the next ones take their place in memory; a search lets go of them too
         self.scores = self.model.choices(self.model.hidden(ids[:, None], state=self.state)[:, 0])
 
 
