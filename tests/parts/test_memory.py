@@ -409,7 +409,11 @@ def test_fresh_gates_begin_as_published():
     forget = PerToken(start=(3.0, 6.0)).build(C, 4, 4)
     assert forget.gate.bias.tolist() == [3, 4, 5, 6]
     assert Exponential(start=-10.0).build(C, 4).gate.bias.tolist() == [-10] * 4
-    step = StepSize().build(C, 64, 4)
+    assert PerChannel().build(C, 2, 3).gate.bias.tolist() == [0] * 6
+    assert PerChannel(start=4.0).build(C, 2, 3).gate.bias.tolist() == [4] * 6
+    step, slow = StepSize().build(C, 64, 4), StepSize(rates=(0.25, 0.5)).build(C, 64, 4)
+    assert 1 <= step.A_log.exp().min() < 4 and 12 < step.A_log.exp().max() <= 16
+    assert 0.249 <= slow.A_log.exp().min() < slow.A_log.exp().max() <= 0.501
     assert 0.9e-3 <= F.softplus(step.step.bias).min() <= F.softplus(step.step.bias).max() <= 0.11
 
 
@@ -430,6 +434,7 @@ def test_specs_stay_small():
         (lambda: PerToken(temperature=0.0), "the temperature of per-token is a number above 0"),
         (lambda: PerChannel(rank=0), "the rank of per-channel"),
         (lambda: StepSize(rank=-1), "the rank of step-size"),
+        (lambda: StepSize(rates=(0.0, 1.0)), r"rates are the least and the most .*, not \(0\.0, 1\.0\)"),
         (lambda: PerHead(first=0.0), "first lies above 0"),
         (lambda: Tied(1.0), "the floor of a decay"),
         (lambda: Delta(2.5), r"most lies in \(0, 2\]"),

@@ -101,6 +101,16 @@ def step_bias(size: int, least: float = 1e-3, most: float = 0.1) -> nn.Parameter
     return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
 
+def check_rates(rates: tuple[float, float]) -> None:
+    if not 0 < rates[0] <= rates[1] < math.inf:
+        raise QkvError(f"rates are the least and the most rate at first, above 0, not {rates}")
+
+
+def drawn_rates(heads: int, rates: tuple[float, float]) -> nn.Parameter:
+    """A_log of heads whose rates e^{A_log} are drawn uniformly between two."""
+    return nn.Parameter(torch.empty(heads).uniform_(*rates).log())
+
+
 def step_size(x: Tensor, bias: Tensor, context: Context, limit: tuple[float, float] | None = None) -> Tensor:
     """Δ = softplus(x + b) within the limit, B T D; 0 for padding, which then neither decays nor writes anything."""
     dt, valid = F.softplus(x.to(wide(x)) + bias), context.valid()

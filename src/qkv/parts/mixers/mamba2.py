@@ -13,7 +13,7 @@ from qkv.ops.precision import wide
 from qkv.parts.convolution import ShortConvolution
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
-from qkv.parts.mixers.mamba import step_bias, step_size
+from qkv.parts.mixers.mamba import check_rates, drawn_rates, step_bias, step_size
 from qkv.parts.mixers.recurrence import Recurrence
 from qkv.spec import part
 from qkv.state import Cell, Recurrent
@@ -26,7 +26,7 @@ class Mamba2(Mixer):
     x = silu(conv(W_x u)), B = silu(conv(W_B u)), C = silu(conv(W_C u)), Δ = softplus(W_Δ u + b), A = −e^{A_log};
     S_t = e^{Δ_t A} S_{t−1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t. Heads share B and C in `groups`, and the RMS norm
     runs over the channels of each group. Left out, `head_width` makes all heads together 2 C wide. `step_limit` bounds
-    Δ. Where the model's mask lets a token not see the one before it, S is 0.
+    Δ; at first e^{A_log} lies in `rates`. Where the model's mask lets a token not see the one before it, S is 0.
     """
 
     heads: int
@@ -38,12 +38,14 @@ class Mamba2(Mixer):
     bias: bool = False
     step_limit: tuple[float, float] | None = None
     eps: float = 1e-5
+    rates: tuple[float, float] = (1.0, 16.0)
 
     def check(self) -> None:
         if any(n is not None and n < 1 for n in (self.heads, self.head_width, self.groups, self.state, self.conv)):
             raise QkvError("heads, head_width, groups, state and conv are each at least 1")
         if self.heads % self.groups:
             raise QkvError(f"{self.groups} groups do not divide {self.heads} heads")
+        check_rates(self.rates)
         if self.step_limit is not None and not 0 <= self.step_limit[0] <= self.step_limit[1]:
             raise QkvError(f"step_limit is the least and the most step, from 0 up, not {self.step_limit}")
 
@@ -68,7 +70,7 @@ class _Mamba2(Recurrence):
         self.B_conv = ShortConvolution(shared, spec.conv, bias=spec.conv_bias)
         self.C_conv = ShortConvolution(shared, spec.conv, bias=spec.conv_bias)
         self.dt_bias = step_bias(spec.heads)
-        self.A_log = nn.Parameter(torch.empty(spec.heads).uniform_(1, 16).log())
+        self.A_log = drawn_rates(spec.heads, spec.rates)
         self.D = nn.Parameter(torch.ones(spec.heads))
         self.norm = _GatedNorm(spec, inner)
         self.out = Linear(inner, width, bias=spec.bias, axes=("embed", "heads"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qkv.errors import QkvError
 from qkv.ops.precision import wide
 from qkv.parts.linear import Linear
-from qkv.parts.mixers.mamba import step_bias
+from qkv.parts.mixers.mamba import check_rates, drawn_rates, step_bias
 from qkv.spec import Spec, part
 
 
@@ -99,10 +99,14 @@ class _PerToken(nn.Module):
 
 @part("per-channel")
 class PerChannel(Decay):
-    """e^g = σ(W_up W_down x + b)^(1 / temperature), one number a key channel (Yang 2023, GLA)."""
+    """e^g = σ(W_up W_down x + b)^(1 / temperature), one number a key channel (Yang 2023, GLA).
+
+    `start` is b at first.
+    """
 
     rank: int = 16
     temperature: float = 16.0
+    start: float = 0.0
 
     def check(self) -> None:
         positive(self, "rank", "temperature")
@@ -115,7 +119,7 @@ class _PerChannel(nn.Module):
     def __init__(self, spec: PerChannel, width: int, heads: int, key_width: int) -> None:
         super().__init__()
         self.spec, self.heads = spec, heads
-        self.gate = Project(width, heads * key_width, spec.rank, torch.zeros(heads * key_width))
+        self.gate = Project(width, heads * key_width, spec.rank, torch.full((heads * key_width,), spec.start))
 
     def forward(self, x: Tensor) -> Tensor:
         return by_head(F.logsigmoid(self.gate(x)) / self.spec.temperature, self.heads)
@@ -159,13 +163,17 @@ class _Tied(nn.Module):
 class StepSize(Decay):
     """g = −e^(A_log) softplus(W x + b): a step of the size that the token decides, at the rate of the head.
 
-    One step a head (Gated DeltaNet, Yang 2024), or one a key channel through a `rank` (KDA, Kimi 2025).
+    One step a head (Gated DeltaNet, Yang 2024), or one a key channel through a `rank` (KDA, Kimi 2025). At first each
+    head's rate is drawn from `rates`, uniformly, and steps are of 0.001 to 0.1: as published, memories of 1 to 1,000
+    tokens, most of some 10. A training too short to change that needs lower rates to recall what lies far back.
     """
 
     rank: int | None = None
+    rates: tuple[float, float] = (1.0, 16.0)
 
     def check(self) -> None:
         positive(self, "rank")
+        check_rates(self.rates)
 
     def build(self, width: int, heads: int, key_width: int) -> nn.Module:
         return _StepSize(self, width, heads, key_width)
@@ -177,7 +185,7 @@ class _StepSize(nn.Module):
         self.spec, self.heads = spec, heads
         steps = heads * key_width if spec.rank else heads
         self.step = Project(width, steps, spec.rank, step_bias(steps).detach())
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.A_log = drawn_rates(heads, spec.rates)
 
     def forward(self, x: Tensor) -> Tensor:
         steps = by_head(F.softplus(self.step(x)), self.heads)
