@@ -120,6 +120,8 @@ def test_diff_tells_the_smallest_paths():
         f"stack.{n}.attn.f" for n in range(3)
     ]
     assert diff(before, small()) == []
+    one, other = Branch(FeedForward(3)), Branch(FeedForward(4))
+    assert [one.path for one in diff({"b": Block(x=one, y=other)}, {"b": Block(y=other, x=one)})] == ["b"]
 
 
 def test_walk_gives_paths_that_edit_finds():

@@ -10,6 +10,7 @@ all that is left of the work. Imports no torch.
 
 import dataclasses as dc
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -211,6 +212,15 @@ def _fit_part(value: Any, hint: type[Spec], path: str) -> Spec:
         raise SpecError(path, str(fault)) from None
 
 
+def positive(spec: Spec, *names: str) -> None:
+    """Refuse fields (or numbers of a field) that are given and not finite numbers above 0."""
+    for name in names:
+        value = getattr(spec, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not 0 < number < math.inf:
+                raise QkvError(f"the {name} of {spec.kind} is a number above 0, not {number}")
+
+
 def kinds(hint: type[Spec] = Spec) -> list[str]:
     """The registered kinds that fit a slot of type `hint`, entry points included."""
     discover()
@@ -378,5 +388,7 @@ def diff(before: Any, after: Any, path: str = "") -> list[Change]:
         old, new = _parts_of(before), _parts_of(after)
         keys = [*old, *(key for key in new if key not in old)]
         below = {key: f"{path}.{key}" if path else key for key in keys}
+        if before != after and old.keys() == new.keys() and list(old) != list(new):  # branches in another order
+            return [Change(path, before, after)]
         return [c for key in keys for c in diff(old.get(key, _Absent()), new.get(key, _Absent()), below[key])]
     return [] if _frozen(before) == _frozen(after) and type(before) is type(after) else [Change(path, before, after)]

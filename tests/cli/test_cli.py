@@ -1,5 +1,6 @@
 """The program as a user runs it: what it prints, where, and its exit status."""
 
+import itertools
 import json
 import os
 import signal
@@ -52,9 +53,15 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
     (tmp_path / "small.toml").write_text(RECIPE)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine.txt").write_text("mine")
-    for out in ("new", "kept"):
-        done = qkv("train", "small.toml", "--set", "model.**.heads=5", "--out", out, cwd=tmp_path)
-        assert done.returncode == 2 and "5 heads do not divide" in done.stderr
+    faults = {
+        "model.**.heads=5": "5 heads do not divide",
+        "train.device=abacus": "train.device='abacus' cannot be used here",
+        "train.tokens_per_batch=30": "tokens_per_batch is 30, too few",
+    }
+    for out, (setting, words) in itertools.product(("new", "kept"), faults.items()):
+        settings = ["--set", "data.max_tokens=40", "--set", setting]
+        done = qkv("train", "small.toml", *settings, "--out", out, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr
     assert not (tmp_path / "new").exists() and [one.name for one in (tmp_path / "kept").iterdir()] == ["mine.txt"]
 
 

@@ -8,7 +8,7 @@ from qkv.context import Tap
 from qkv.errors import QkvError
 from qkv.masks import Full, Same
 from qkv.models import Module
-from qkv.parts import Attention, Head, Learned
+from qkv.parts import Attention, BatchNorm, Head, Learned
 from qkv.spec import edit
 from tests.contracts.specs import ROOM, VOCAB, WIDTH, decoder, rough
 
@@ -46,6 +46,27 @@ def test_the_heads_loss_is_that_of_its_logits():
     loss = model.head.loss(x, model.embed.table, IDS.flatten(), 0.1)
     expected = F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten(), label_smoothing=0.1, reduction="sum")
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_softcap_leaves_the_loss_its_digits(dtype):
+    model = rough(edit(SPEC, "head.softcap", 2.0)).to(dtype)
+    loss = model.loss(model.hidden(IDS).flatten(0, 1), IDS.flatten())
+    expected = F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten(), reduction="sum")
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+
+
+def test_lengths_fit_the_rows():
+    model = rough(SPEC)
+    for wrong in ([T], [T, 2, T + 1]):
+        with pytest.raises(QkvError, match="lengths are how many of the 7 ids of each of 3 rows are real"):
+            model(IDS, lengths=torch.tensor(wrong))
+
+
+def test_a_batchnorm_is_not_recomputed():
+    with pytest.raises(QkvError, match="a batchnorm counts each batch"):
+        rough(edit(SPEC, "**.pre", BatchNorm())).recompute()
 
 
 def test_a_model_without_a_head_gives_its_hidden_vectors():

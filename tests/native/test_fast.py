@@ -324,6 +324,17 @@ def test_a_model_in_bfloats(name: str, ids: Tensor) -> None:
     assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_tokens_are_scored_in_bfloats_too(tied: bool, softcap: float | None, ids: Tensor) -> None:
+    model = rough(edit(EVERY["smollm2-135m"], "head", Head(tied=tied, softcap=softcap))).bfloat16()
+    double = copy.deepcopy(model).double()
+    fast(model)
+    found, expected = (one.loss(one.hidden(ids).flatten(0, 1), ids.flatten()) for one in (model, double))
+    assert (found - expected).abs() <= 0.02 * expected
+
+
 # --- searches ---
 
 

@@ -46,6 +46,13 @@ def test_a_pool_drops_before_its_transform() -> None:
     assert head(torch.rand(50, 3, C) + 1, None).min() == 0.5  # σ(0)
 
 
+@pytest.mark.parametrize("take", ["first", "last", "mean", "max"])
+def test_a_text_without_tokens_has_a_vector_of_numbers(take: str) -> None:
+    x, valid = torch.randn(2, 3, C), torch.tensor([[True, False, False], [False, False, False]])
+    found = Pool(take).build(C)(x, valid)
+    assert found.isfinite().all() and torch.equal(found[0], x[0, 0])
+
+
 def test_a_span_reads_its_transform() -> None:
     head = identity(Span(transform=Transform("tanh", width=C)))
     x = torch.randn(4, 5, C)

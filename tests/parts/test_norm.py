@@ -25,6 +25,7 @@ FORMULAS = {
     "layernorm, no bias": (LayerNorm(bias=False), lambda m, x: m.weight * (x - mean(x)) / (variance(x) + 1e-5) ** 0.5),
     "rmsnorm": (RMSNorm(), lambda m, x: m.weight * x / (mean(x**2) + 1e-6) ** 0.5),
     "rmsnorm, ε": (RMSNorm(eps=0.5), lambda m, x: m.weight * x / (mean(x**2) + 0.5) ** 0.5),
+    "rmsnorm, 1 + w": (RMSNorm(offset=1.0), lambda m, x: (1 + m.weight) * x / (mean(x**2) + 1e-6) ** 0.5),
     "dyt": (DyT(), lambda m, x: m.weight * torch.tanh(m.alpha * x) + m.bias),
 }
 
@@ -36,6 +37,13 @@ def test_a_norm_is_its_formula(name, shape):
     module = wild(spec.build(C))
     x = torch.randn(shape, dtype=torch.float64, generator=seeded())
     torch.testing.assert_close(module(x), formula(module, x), rtol=1e-11, atol=1e-11)
+
+
+def test_what_an_offset_adds_to_keeps_its_digits_in_bf16():
+    norm = wild(RMSNorm(offset=1.0).build(512)).bfloat16()
+    x = torch.randn(4, 512, generator=seeded()).bfloat16()
+    wide = (1 + norm.weight.double()) * x.double() / (mean(x.double() ** 2) + 1e-6) ** 0.5
+    assert torch.equal(norm(x), wide.float().bfloat16())
 
 
 def test_fresh_norms_start_as_they_say():

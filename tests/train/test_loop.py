@@ -1,7 +1,6 @@
 """Training: exact accumulation, exact resume, and what happens when it is stopped or goes wrong."""
 
 import errno
-import json
 import os
 import signal
 
@@ -11,7 +10,8 @@ import torch
 from qkv.checkpoints import weights
 from qkv.errors import QkvError
 from qkv.objectives import Seq2Seq
-from qkv.train import Run, Stopped, Trainer
+from qkv.recipes import find
+from qkv.train import Run, Stopped, Trainer, load_recipe, start
 from tests.train.small import small_run
 
 
@@ -192,10 +192,25 @@ def judge_with(trainer: Trainer, scores):
 
 
 def test_patience_ends_a_run_early(tmp_path):
-    run = small_run(tmp_path, "train.evaluate_every=1", "train.patience=2", "optimizer.lr=1e-12")
+    settings = "train.evaluate_every=2", "train.save_every=100", "train.patience=2", "optimizer.lr=1e-12"
+    run = small_run(tmp_path, *settings)
     Trainer(run).train()
-    assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
-    assert Run(run.folder).last is not None
+    assert run.metrics()[-1]["step"] == 6
+    assert Run(run.folder).last == "step-00000006"
+    Trainer(Run(run.folder)).train()  # which has nothing to go on with
+    assert Run(run.folder).last == "step-00000006" and run.metrics()[-1]["step"] == 6
+
+
+def test_data_that_teaches_nothing_is_refused(tmp_path):
+    (tmp_path / "once.txt").write_text(" ".join(f"w{n}" for n in range(300)))  # none can be recalled
+    (tmp_path / "again.txt").write_text("a b c d " * 80)
+    (tmp_path / "short.txt").write_text("a b c d")
+    for train, valid, message in (("once", "again", "no training example has"), ("again", "short", "holds nothing")):
+        settings = [f"data.train={train}.txt", f"data.valid={valid}.txt", "data.tokenizer={kind='word'}"]
+        settings += ["train.steps=1", "train.tokens_per_batch=128", "model.width=8", "data.context=64"]
+        run = start(load_recipe(find("recall"), settings), tmp_path / train, tmp_path)
+        with pytest.raises(QkvError, match=message):
+            Trainer(run).train()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

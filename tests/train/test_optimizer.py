@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from qkv.parts import Mamba, PlainExperts, Rwkv6
 from qkv.spec import kinds
 from qkv.train import WSD, AdamW, Constant, Cosine, InverseSqrt, Schedule
 
@@ -41,6 +42,14 @@ def test_every_schedule_stays_between_nothing_and_the_peak():
     for kind in kinds(Schedule):
         schedule = KINDS[kind]()
         assert all(0 <= schedule.factor(step, 50) <= 1 for step in range(1, 51)), kind
+
+
+def test_what_only_looks_like_a_matrix_does_not_decay():
+    model = torch.nn.ModuleList(part.build(8) for part in (Mamba(), Rwkv6(2), PlainExperts(hidden=3, count=4)))
+    decayed, _ = AdamW(weight_decay=0.1).build(model).param_groups
+    names = {name for name, parameter in model.named_parameters() for one in decayed["params"] if one is parameter}
+    assert {"0.x.weight", "1.r.weight", "2.up"} <= names
+    assert not names & {"0.A_log", "1.mix", "1.u", "2.up_bias", "2.down_bias"}
 
 
 def test_matrices_decay_and_vectors_do_not():

@@ -85,6 +85,17 @@ def test_faults_of_settings(tmp_path):
         recipe(tmp_path, "train.step=3")
     with pytest.raises(QkvError, match="expected a whole number, found 'many'"):
         recipe(tmp_path, "train.steps=many")
+    for setting, words in {
+        "train.clip=-1.0": "clip and minutes are not negative",
+        "train.patience=0": "the patience of train",
+        "train.seed=-1": "the seed is a whole number from 0 up",
+        "objective.label_smoothing=10": "label_smoothing is a share",
+        "optimizer.schedule.warmup=-5": "a warm-up takes 0 steps or more",
+        "model.**.hidden=-1": "the hidden of feedforward is a number above 0",
+        "model.width=0": "the width of encoder-decoder is a number above 0",
+    }.items():
+        with pytest.raises(QkvError, match=words):
+            recipe(tmp_path, setting)
     with pytest.raises(QkvError, match="seq2seq needs an encoder-decoder"):
         recipe(tmp_path, 'model={kind="sequence", width=8, embed={kind="tokens"}, stack={kind="stack", depth=1, '
                          'pattern={kind="block", ffn={kind="branch", f={kind="feedforward", hidden=4}}}}}')  # fmt: skip

@@ -85,6 +85,15 @@ def test_a_run_that_was_never_saved(tmp_path):
         small_run(tmp_path).model()
 
 
+def test_a_line_that_a_crash_cut_off_is_left_out(trained):
+    run, lines = Run(trained), Run(trained).metrics()
+    with (trained / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 8, "spl')
+    assert run.metrics() == lines
+    Trainer(run)
+    assert run.metrics() == lines and (trained / "metrics.jsonl").read_text().endswith("}\n")
+
+
 def test_resume_refuses_data_that_changed(trained, tmp_path):
     recipe(tmp_path)  # writes the data anew, the same
     Trainer(Run(trained))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkv.errors import QkvError
 from qkv.ops.dropout import dropout
+from qkv.ops.precision import wide
 from qkv.parts.linear import Linear
 from qkv.spec import matches, nearest
 
@@ -96,7 +97,7 @@ def written_out(globs: Sequence[str]) -> Iterator[str]:
 def fresh(layer: Linear, rank: int, alpha: float, dropout: float, stabilised: bool) -> LoRA:
     """A LoRA that adds nothing yet; in fp32 beside a narrower weight, in which small steps would be lost."""
     outputs, inputs = layer.weight.shape
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    dtype = wide(layer.weight)
     A = torch.empty(rank, inputs, dtype=dtype, device=layer.weight.device).uniform_(-(inputs**-0.5), inputs**-0.5)
     return LoRA(A, A.new_zeros(outputs, rank), alpha, dropout=dropout, stabilised=stabilised)
 
@@ -201,7 +202,7 @@ def merge(model: nn.Module, *names: str) -> Merged:
 
 
 def exchanged(before: nn.Parameter, adapters: dict[str, LoRA]) -> Exchange:
-    total = before.detach().to(torch.promote_types(before.dtype, torch.float32))
+    total = before.detach().to(wide(before))
     for lora in adapters.values():
         total = total + lora.product()
     return Exchange(before, nn.Parameter(total.to(before.dtype), before.requires_grad), adapters)

@@ -13,6 +13,7 @@ from qkv.checkpoints.names import Link, apply, parse, shown
 from qkv.checkpoints.peft import WEIGHTS, Adapter, Factors, read_peft, write_peft
 from qkv.errors import QkvError
 from qkv.models import Module
+from qkv.ops.precision import wide
 from qkv.parts.linear import Linear
 from qkv.zoo.config import Config
 from qkv.zoo.registry import family_of
@@ -44,7 +45,7 @@ def load_adapter(model: Module, folder: Path | str, name: str = "default") -> Re
     layers: dict[str, str] = {}
     for module, factors in adapter.factors.items():
         for path, layer, B in split(beside, module, links[module], factors, folder / WEIGHTS):
-            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            dtype = wide(layer.weight)
             A, B = (x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for x in (factors.A, B))
             made[path] = LoRA(A, B, factors.alpha, dropout=adapter.dropout, stabilised=adapter.stabilised)
             layers[path] = module

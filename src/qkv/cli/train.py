@@ -36,16 +36,14 @@ def train(
         base = Path() if recipe in shipped() else path.parent  # a shipped recipe reads the user's own files
         run = start(load_recipe(path, setting or []), out or Path("runs") / path.stem, base)
     try:
-        trainer = Trainer(run)
-    except QkvError:
-        if resume is None:
-            run.discard()
-        raise
-    try:
-        trainer.train()
+        Trainer(run).train()
     except Stopped as stopped:
         print(f"qkv: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
+    except Exception:
+        if resume is None and not run.begun:
+            run.discard()
+        raise
     print(run.folder)
 
 

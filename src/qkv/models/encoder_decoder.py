@@ -11,7 +11,7 @@ from qkv.parts.embed import TiedTokens, TokenEmbedding, Tokens
 from qkv.parts.head import Head, Output
 from qkv.parts.norm import Norm
 from qkv.parts.stack import Stack
-from qkv.spec import part
+from qkv.spec import part, positive
 
 
 @part("encoder-decoder")
@@ -31,6 +31,9 @@ class EncoderDecoder(Model):
     encoder_norm: Norm | None = None
     decoder_norm: Norm | None = None
     head: Output | None = Head()
+
+    def check(self) -> None:
+        positive(self, "width")
 
     def build(self) -> "EncoderDecoderModel":
         return EncoderDecoderModel(self)

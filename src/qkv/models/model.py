@@ -125,9 +125,13 @@ class Module(nn.Module):
             return self.scores(x)
         if self.head is None:
             raise QkvError("this model has no head: take model.hidden(ids), or give its spec one")
-        if self.programs and not self.training:  # which give fp32, whatever the head's weights are
-            x = x.to(next((weight.dtype for weight in self.head.parameters()), x.dtype))
-        return self.head(x, self.wiring.embed.table, valid)
+        return self.head(self.typed(x), self.wiring.embed.table, valid)
+
+    def typed(self, x: Tensor) -> Tensor:
+        """Hidden vectors as the head's weights are: programs give fp32, whatever these are."""
+        if self.head is None or not self.programs or self.training:
+            return x
+        return x.to(next((weight.dtype for weight in self.head.parameters()), self.wiring.embed.table.dtype))
 
     def choices(self, x: Tensor) -> Scores:
         """What the head makes of hidden vectors (N C), to choose from: N V, in fp32."""
@@ -137,7 +141,7 @@ class Module(nn.Module):
         """Σ over N hidden vectors (N C) of their cross-entropy with N labels of the vocabulary."""
         if not isinstance(self.head, VocabularyHead):
             raise QkvError("this model has no head over a vocabulary, from which it could learn tokens: give it a Head")
-        return self.head.loss(x, self.wiring.embed.table, labels, smoothing)
+        return self.head.loss(self.typed(x), self.wiring.embed.table, labels, smoothing)
 
     def new_state(self, batch: int, room: int, **given: Tensor) -> State:
         """An empty state for `batch` rows of up to `room` tokens; memories are projected here, once."""
@@ -168,9 +172,10 @@ class Module(nn.Module):
 
     def recompute(self, on: bool = True) -> Self:
         """Gradient checkpointing in every stack: less memory, about a third more time, the same gradients."""
-        for module in self.modules():
-            if isinstance(module, StackModule):
-                module.recompute = on
+        for stack in [module for module in self.modules() if isinstance(module, StackModule)]:
+            if on and any(isinstance(module, nn.BatchNorm1d) for module in stack.modules()):
+                raise QkvError("recompute runs a layer twice, and a batchnorm counts each batch: take another norm")
+            stack.recompute = on
         return self
 
 
@@ -201,6 +206,8 @@ def run(
         ids = take(ids, order)
     if embed.room is not None and (0 if state is None else state.most) + T > embed.room:
         raise QkvError(f"{T} tokens are too many: the model has {embed.room} positions; shorten the text")
+    if lengths is not None and (lengths.shape != ids.shape[:1] or (lengths.is_cpu and bool((lengths > T).any()))):
+        raise QkvError(f"lengths are how many of the {T} ids of each of {len(ids)} rows are real; found {lengths}")
     if state is not None:
         if state.owner is not program:
             raise QkvError("this state is of other passes: make another with new_state after qkv.fast and qkv.slow")

@@ -6,7 +6,7 @@ from qkv.parts.embed import Tokens
 from qkv.parts.head import Output
 from qkv.parts.norm import Norm
 from qkv.parts.stack import Stack
-from qkv.spec import part
+from qkv.spec import part, positive
 
 
 @part("sequence")
@@ -19,6 +19,9 @@ class Sequence(Model):
     mask: Mask = Causal()
     norm: Norm | None = None
     head: Output | None = None
+
+    def check(self) -> None:
+        positive(self, "width")
 
     def build(self) -> "SequenceModel":
         return SequenceModel(self)

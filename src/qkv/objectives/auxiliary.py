@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkv.context import Tap
 from qkv.errors import QkvError
+from qkv.ops.precision import wide
 from qkv.spec import Spec, part
 
 ALWAYS = ("experts", "scores")
@@ -22,7 +23,7 @@ class Layer:
 
     def __getitem__(self, name: str) -> Tensor:
         """In fp32 at least."""
-        return self.values[name].to(torch.promote_types(self.values[name].dtype, torch.float32))
+        return self.values[name].to(wide(self.values[name]))
 
     @property
     def experts(self) -> Tensor:

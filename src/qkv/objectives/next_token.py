@@ -8,7 +8,7 @@ from qkv.data import Batch
 from qkv.errors import QkvError
 from qkv.models import Model, Module, Sequence
 from qkv.objectives.auxiliary import Auxiliary
-from qkv.objectives.objective import Example, Objective, Vocabulary, filled, ragged
+from qkv.objectives.objective import Example, Objective, Vocabulary, check_smoothing, filled, ragged
 from qkv.parts import Head
 from qkv.spec import part
 
@@ -26,6 +26,9 @@ class NextToken(Objective):
 
     label_smoothing: float = 0.0
     auxiliary: tuple[Auxiliary, ...] = ()
+
+    def check(self) -> None:
+        check_smoothing(self.label_smoothing)
 
     def refuse(self, model: Model) -> None:
         if not isinstance(model, Sequence) or not model.mask.causal or not isinstance(model.head, Head):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qkv.context import Tap
 from qkv.data import Batch
+from qkv.errors import QkvError
 from qkv.models import Model, Module
 from qkv.objectives.auxiliary import Auxiliary, listen, weighted
 from qkv.spec import Spec
@@ -78,6 +79,11 @@ class Objective(Spec):
     def predict(self, model: Module, example: Example, smooth: bool, tap: Tap | None = None) -> Tensor:
         """The loss by itself; the model's passes are seen by the tap."""
         raise AssertionError(f"{type(self).__name__} does not say what its loss is")
+
+
+def check_smoothing(share: float) -> None:
+    if not 0 <= share < 1:
+        raise QkvError(f"label_smoothing is a share of the probability, in [0, 1), not {share}")
 
 
 def ragged(lengths: Tensor, size: int) -> Tensor | None:

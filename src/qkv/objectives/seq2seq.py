@@ -12,7 +12,7 @@ from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, EncoderDecoderModel, Model, Module
 from qkv.objectives.auxiliary import Auxiliary
 from qkv.objectives.next_token import shifted
-from qkv.objectives.objective import Example, Objective, Vocabulary, ragged
+from qkv.objectives.objective import Example, Objective, Vocabulary, check_smoothing, ragged
 from qkv.spec import part
 
 
@@ -24,6 +24,9 @@ class Seq2Seq(Objective):
     auxiliary: tuple[Auxiliary, ...] = ()
 
     pairs: ClassVar[bool] = True
+
+    def check(self) -> None:
+        check_smoothing(self.label_smoothing)
 
     def refuse(self, model: Model) -> None:
         if not isinstance(model, EncoderDecoder):

@@ -6,7 +6,7 @@ from qkv.context import Context
 from qkv.parts.activation import activation
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.body import Body, Mixer
-from qkv.spec import part
+from qkv.spec import part, positive
 from qkv.state import Cell
 
 
@@ -20,6 +20,7 @@ class FeedForward(Mixer):
 
     def check(self) -> None:
         activation(self.act)
+        positive(self, "hidden")
 
     def build(self, width: int) -> Body:
         return _FeedForward(self, width)
@@ -46,6 +47,7 @@ class Gated(Mixer):
 
     def check(self) -> None:
         activation(self.act)
+        positive(self, "hidden")
 
     def build(self, width: int) -> Body:
         return _Gated(self, width)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qkv.errors import QkvError
 from qkv.ops import cross_entropy
 from qkv.ops.dropout import dropout
+from qkv.ops.precision import wide
 from qkv.parts.activation import activation
 from qkv.parts.linear import Linear
 from qkv.parts.norm import Norm
@@ -113,9 +114,10 @@ class VocabularyHead(OutputModule):
         return z if self.spec.softcap is None else torch.tanh(z / self.spec.softcap) * self.spec.softcap
 
     def loss(self, x: Tensor, table: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Σ over N vectors (N C) of their cross-entropy with N labels, without keeping N × vocabulary logits."""
+        """Σ over N vectors (N C) of their cross-entropy with N labels; only with a softcap are all logits kept."""
         if self.spec.softcap is not None:
-            return F.cross_entropy(self(x, table).float(), labels, reduction="sum", label_smoothing=smoothing)
+            z = self(x, table)
+            return F.cross_entropy(z.to(wide(z)), labels, reduction="sum", label_smoothing=smoothing)
         return cross_entropy.fused(
             self.read(x), table if self.weight is None else self.weight, labels, self.bias, smoothing
         )
@@ -140,7 +142,8 @@ def mean(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, valid: Tensor) -> Tensor:
-    return x.masked_fill(~valid[..., None], float("-inf")).amax(1)
+    found = x.masked_fill(~valid[..., None], float("-inf")).amax(1)
+    return found.masked_fill(~valid.any(1, keepdim=True), 0)  # of no tokens, as their mean
 
 
 POOLS: dict[str, Take] = {"first": first, "last": last, "mean": mean, "max": largest}

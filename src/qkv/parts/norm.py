@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.context import Context
+from qkv.ops.precision import wide
 from qkv.spec import Spec, part
 
 
@@ -61,8 +62,10 @@ class _RMSNorm(nn.Module):
         self.spec, self.weight = spec, nn.Parameter(torch.full((width,), 1 - spec.offset))
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        weight = self.weight + self.spec.offset if self.spec.offset else self.weight
-        return F.rms_norm(x, weight.shape, weight, self.spec.eps)
+        if not self.spec.offset:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.spec.eps)
+        weight = self.weight.to(wide(x)) + self.spec.offset  # in bf16 what is learned beyond 1 would lose its digits
+        return F.rms_norm(x.to(wide(x)), weight.shape, weight, self.spec.eps).to(x.dtype)
 
 
 @part("batchnorm")

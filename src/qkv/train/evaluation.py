@@ -48,6 +48,8 @@ def evaluate(
         for example in Examples(recipe, task.tokenizers, base).evaluation(files):
             total += float(objective.loss(model, example.to(model.device), smooth=False))
             tokens += example.tokens
+    if not tokens:
+        raise QkvError(f"{files} holds nothing that the objective {objective.kind!r} could be scored on")
     loss = total / tokens
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     samples: list[Sample] = []

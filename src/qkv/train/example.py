@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from qkv.data import Files, Tokenizers, TrainingBatches, evaluation_batches
+from qkv.errors import QkvError
 from qkv.objectives import Example, Vocabulary
 from qkv.train.recipe import Recipe
 
@@ -30,8 +31,10 @@ class Examples:
 
     def next(self) -> Example:
         """The next training example that teaches anything."""
-        while not (made := self.recipe.objective.example(next(self.training), self.vocabulary, self.generator)).tokens:
-            continue
+        objective, epoch = self.recipe.objective, self.training.epoch
+        while not (made := objective.example(next(self.training), self.vocabulary, self.generator)).tokens:
+            if self.training.epoch > epoch + 1:  # a whole one has passed
+                raise QkvError(f"no training example has anything that the objective {objective.kind!r} learns from")
         return made
 
     def evaluation(self, files: Files | float) -> Iterator[Example]:

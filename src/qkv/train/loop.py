@@ -19,7 +19,7 @@ from qkv.train.evaluation import Scores, evaluate
 from qkv.train.example import Examples
 from qkv.train.progress import Board, Watch
 from qkv.train.recipe import Recipe, fitted
-from qkv.train.run import Moment, Run
+from qkv.train.run import BOARD, Moment, Run
 from qkv.use import Task
 
 
@@ -46,8 +46,7 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run, self.recipe, self.settings = run, run.recipe, run.recipe.train
-        device = self.settings.device
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = device_of(self.settings.device)
         torch.manual_seed(self.settings.seed)
         self.model = self.recipe.model.build().to(self.device).recompute(self.settings.recompute)
         self.task = Task(self.model, run.tokenizers)
@@ -144,11 +143,11 @@ class Trainer:
     def train(self) -> Run:
         """Train to the end; `Stopped` after a signal or the time limit."""
         settings, self.model = self.settings, self.model.train()
-        board = Board(self.run.folder / "tensorboard", self.step)
+        board = Board(self.run.folder / BOARD, self.step)
         began, spent = time.monotonic(), self.seconds
         window: dict[str, float] = {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0}
         with Watch(settings.steps, self.step) as watch, listening() as asked:
-            while self.step < settings.steps:
+            while self.step < settings.steps and not self.enough:
                 clock = time.perf_counter()
                 examples = [self.examples.next() for _ in range(settings.accumulate)]
                 window["loss"] += self.learn(examples)
@@ -163,6 +162,7 @@ class Trainer:
                 better = False
                 if self.recipe.data.valid is not None and (last or self.step % settings.evaluate_every == 0):
                     better = self.judge(watch, board)
+                last = last or self.enough
                 if self.step == 1 and self.examples.training.skipped:
                     skipped, most = self.examples.training.skipped, self.recipe.data.longest
                     watch.say(f"{skipped:,} training examples are longer than max_tokens = {most} and are left out")
@@ -175,11 +175,15 @@ class Trainer:
                         f"stopped at step {self.step:,} of {settings.steps:,} and saved; "
                         f"go on with: qkv train --resume {self.run.folder}", code,
                     )  # fmt: skip
-                if settings.patience is not None and self.worse >= settings.patience:
-                    watch.say(f"no better score in {self.worse} evaluations: done at step {self.step:,}")
-                    break
+            if self.enough:
+                watch.say(f"no better score in {self.worse} evaluations: done at step {self.step:,}")
         board.close()
         return self.run
+
+    @property
+    def enough(self) -> bool:
+        """Whether the score has not got better for as long as it may."""
+        return self.settings.patience is not None and self.worse >= self.settings.patience
 
     def report(self, window: dict[str, float], watch: Watch, board: Board) -> None:
         values = {
@@ -207,6 +211,16 @@ class Trainer:
         board.add(self.step, "valid", scores.values)
         self.run.log({"step": self.step, "split": "valid", "seconds": round(self.seconds, 1), **scores.values})
         return better
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as fault:
+        raise QkvError(f"train.device={name!r} cannot be used here ({str(fault).splitlines()[0]}): take auto") from None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,13 @@ from qkv.spec import Spec, part
 class Schedule(Spec):
     """The share of the peak learning rate at each step."""
 
+    warmup: int = 0
+    """Steps of linear warm-up, where a schedule has the field."""
+
+    def check(self) -> None:
+        if self.warmup < 0:
+            raise QkvError(f"a warm-up takes 0 steps or more, not {self.warmup}")
+
     def factor(self, step: int, steps: int) -> float:
         """For step 1 … steps."""
         return 1.0
@@ -84,7 +91,10 @@ class Optimizer(Spec):
 
 @part("adamw")
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov 2019), on matrices only: norms and biases do not decay."""
+    """Adam with decoupled weight decay (Loshchilov 2019), on matrices only: norms and biases do not decay.
+
+    Nor does what a module names as `undecayed`: matrices that are biases, or rates.
+    """
 
     lr: float = 3e-4
     schedule: Schedule = Constant()
@@ -97,9 +107,10 @@ class AdamW(Optimizer):
             raise QkvError("lr is above 0, the betas lie in [0, 1), and weight_decay is not negative")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        spared = {getattr(module, name) for module in model.modules() for name in getattr(module, "undecayed", ())}
+        decayed, others = list[nn.Parameter](), list[nn.Parameter]()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.dim() >= 2 and parameter not in spared else others).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)

@@ -13,7 +13,7 @@ from qkv.errors import QkvError
 from qkv.models import EncoderDecoder, Model
 from qkv.objectives import Objective
 from qkv.parts import Tokens
-from qkv.spec import KINDS, Spec, discover, dump, edit, load, part, walk
+from qkv.spec import KINDS, Spec, discover, dump, edit, load, part, positive, walk
 from qkv.train.metric import Metric, ValidationLoss
 from qkv.train.optimizer import AdamW, Optimizer
 from qkv.zoo import spec_of
@@ -47,6 +47,11 @@ class Train(Spec):
         whole = (self.steps, self.tokens_per_batch, self.accumulate, self.evaluate_every, self.save_every)
         if min(*whole, self.log_every) < 1:
             raise QkvError("steps, tokens_per_batch, accumulate and every …_every are at least 1")
+        positive(self, "patience")
+        if min(self.clip or 0, self.minutes or 0) < 0:
+            raise QkvError(f"clip and minutes are not negative; found {self.clip} and {self.minutes}")
+        if not 0 <= self.seed < 2**63:
+            raise QkvError(f"the seed is a whole number from 0 up, not {self.seed}")
         if self.precision not in ("fp32", "bf16"):
             raise QkvError(f"the precision is 'fp32' or 'bf16', not {self.precision!r}")
 

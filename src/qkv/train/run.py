@@ -24,7 +24,7 @@ from qkv.spec import load as load_spec
 from qkv.train.recipe import Recipe
 from qkv.use import Manner, Task, open_published
 
-RUN, METRICS, TRAINER, SIZES = "run.json", "metrics.jsonl", "trainer", "sizes.json"
+RUN, METRICS, TRAINER, SIZES, BOARD = "run.json", "metrics.jsonl", "trainer", "sizes.json", "tensorboard"
 
 
 @dc.dataclass
@@ -69,10 +69,16 @@ class Run:
         write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False))
         return cls(folder)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on from, or to look at."""
+        return self.last is not None or (self.folder / METRICS).exists()
+
     def discard(self) -> None:
         """Take back a run that cannot begin; what else stands in its folder stays."""
         for name in (RUN, "tokenizer.json", "target_tokenizer.json"):
             (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / BOARD, ignore_errors=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -123,10 +129,10 @@ class Run:
     # --- metrics ---
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl; one that a crash cut off is left out."""
         path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def log(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""

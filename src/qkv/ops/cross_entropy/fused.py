@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qkv.ops.blocks.packed import Packed, refuse
+from qkv.ops.precision import wide
 
 BLOCK = 512
 """Tokens at a time: enough for an efficient product, few enough that the logits stay near the processor."""
@@ -32,7 +33,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, smoothing: float) -> Tensor:
         needs = ctx.needs_input_grad
-        precise = torch.promote_types(x.dtype, torch.float32)
+        precise = wide(x)
         dx = torch.empty_like(x) if needs[0] else None
         dw = torch.zeros_like(weight, dtype=precise) if needs[1] else None
         db = torch.zeros_like(bias, dtype=precise) if bias is not None and needs[3] else None

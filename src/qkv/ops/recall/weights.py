@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkv.ops.precision import wide
 from qkv.ops.recall.chunked import chunked
 
 
@@ -15,5 +16,5 @@ def weights(q: Tensor, k: Tensor, g: Tensor | None = None, beta: Tensor | None =
     B, H, T = q.shape[:3]
     for given, dim in ((g, 0 if g is not None and g.dim() == 1 else 1), (beta, 1)):
         H = H if given is None else given.shape[dim]
-    own = torch.eye(T, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    own = torch.eye(T, dtype=wide(q), device=q.device)
     return chunked(q, k, own.expand(B, H, T, T), g, beta, chunk=1 << (T - 1).bit_length()).out

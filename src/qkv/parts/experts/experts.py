@@ -160,6 +160,7 @@ class _PlainExperts(_Sparse):
         "up": ("expert", "hidden", "embed"),
         "down": ("expert", "embed", "hidden"),
     }
+    undecayed = "up_bias", "down_bias"
     up: nn.Parameter
     down: nn.Parameter
 

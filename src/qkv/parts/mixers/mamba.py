@@ -49,6 +49,8 @@ class Mamba(Mixer):
 
 
 class _Mamba(Recurrence):
+    undecayed = ("A_log",)
+
     def __init__(self, spec: Mamba, width: int) -> None:
         super().__init__()
         self.spec = spec

@@ -58,6 +58,8 @@ class Shifting(Recurrence):
 
 
 class _Rwkv6(Shifting):
+    undecayed = "mix", "u"
+
     def __init__(self, spec: Rwkv6, width: int) -> None:
         super().__init__()
         self.spec, K = spec, width // spec.heads

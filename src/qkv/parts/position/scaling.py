@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, positive
 
 
 def spans(theta: float | Tensor, width: int, like: Tensor) -> Tensor:
@@ -37,15 +37,6 @@ class Scaling(Spec):
     def magnitude(self) -> float:
         """What cos and sin are multiplied by: scores grow by its square."""
         return 1.0
-
-
-def positive(scaling: Scaling, *names: str) -> None:
-    """Refuse fields that are given and not finite numbers above 0."""
-    for name in names:
-        value = getattr(scaling, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not 0 < number < math.inf:
-                raise QkvError(f"the {name} of {scaling.kind} is a number above 0, not {number}")
 
 
 @part("linear-scaling")

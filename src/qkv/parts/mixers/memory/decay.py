@@ -1,6 +1,5 @@
 """The slot `decay` of a memory: how much of what it holds is left when the next token comes, g = log of that share."""
 
-import math
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from qkv.errors import QkvError
 from qkv.ops.precision import wide
 from qkv.parts.linear import Linear
 from qkv.parts.mixers.mamba import check_rates, drawn_rates, step_bias
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, positive
 
 
 class Decay(Spec):
@@ -203,11 +202,3 @@ def by_head(x: Tensor, heads: int) -> Tensor:
 
 def capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
-
-
-def positive(spec: Spec, *names: str) -> None:
-    """Refuse fields that are given and not finite numbers above 0."""
-    for name in names:
-        value = getattr(spec, name)
-        if value is not None and not 0 < value < math.inf:
-            raise QkvError(f"the {name} of {spec.kind} is a number above 0, not {value}")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkv.ops.precision import wide
 from qkv.parts.activation import activation
 from qkv.spec import Spec, part
 
@@ -68,5 +69,5 @@ class Unit(Feature):
 
     def map(self, x: Tensor) -> Tensor:
         x = activation(self.act)(x)
-        square = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)
+        square = x.to(wide(x)).square().sum(-1, keepdim=True)
         return x * torch.rsqrt(square + self.eps).to(x.dtype)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from qkv.errors import QkvError
 from qkv.ops import recall
 from qkv.ops.precision import wide
-from qkv.parts.mixers.memory.decay import Project, capped, positive
-from qkv.spec import Spec, part
+from qkv.parts.mixers.memory.decay import Project, capped
+from qkv.spec import Spec, part, positive
 
 
 @dataclass(frozen=True, eq=False)

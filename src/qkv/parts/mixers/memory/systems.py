@@ -23,11 +23,16 @@ from qkv.parts.mixers.memory.memory import Memory
 from qkv.parts.mixers.memory.rule import Add, Delta, Exponential
 from qkv.parts.norm import LayerNorm, RMSNorm
 from qkv.parts.position import EndpointScaling, Rotary
-from qkv.spec import part
+from qkv.spec import part, positive
 
 
 class System(Mixer):
     """A `Memory` by the name and with the settings that it was published with."""
+
+    heads: int
+
+    def check(self) -> None:
+        positive(self, "heads")
 
     def memory(self, width: int) -> Memory:
         raise AssertionError(f"{type(self).__name__} does not say which memory it is")
