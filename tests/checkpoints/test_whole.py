@@ -45,6 +45,22 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, at):
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "b" / "c").read_text() == "before"
 
 
+def test_an_interruption_between_two_renames_leaves_what_was_there(tmp_path, monkeypatch):
+    with whole.whole_folder(tmp_path / "b") as part:
+        (part / "c").write_text("before")
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole.whole_folder(tmp_path / "b") as part:
+        (part / "c").write_text("after")
+    assert names(tmp_path) == ["b"] and (tmp_path / "b" / "c").read_text() == "before"
+
+
 def test_an_error_inside_leaves_nothing(tmp_path):
     with pytest.raises(KeyError), whole.whole_folder(tmp_path / "b") as part:
         (part / "c").write_text("half")

@@ -140,6 +140,9 @@ def test_inspect_shows_runs_presets_and_recipes(run):
         (["pull", "cmudic"], "did you mean 'cmudict'"),
         (["recipes", "nothing"], "no recipe is called 'nothing'"),
         (["inspect", "gpt-tiny", "--length", "65"], "the model has 64 positions"),
+        (["inspect", "gpt-tiny", "--length", "0"], "a sequence to inspect has at least 1 token, not 0"),
+        (["inspect", "gpt-tiny", "--vocab", "-5"], "a vocabulary has at least 1 token, not -5"),
+        (["inspect", "x" * 300], "is no run, recipe, preset, file or name to pull"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(tmp_path, arguments, words):
@@ -159,6 +162,11 @@ def test_input_that_is_a_directory_and_a_beam_of_nothing(run, tmp_path):
     assert done.returncode == 2 and "is a directory; a text, a file" in done.stderr
     done = qkv("predict", run, "abc", "--n-best", 2)
     assert done.returncode == 2 and "--n-best needs --beam" in done.stderr
+    done = qkv("predict", run, "abc", "--beam", 2, "--length-penalty", 1000)
+    assert done.returncode == 2 and "the length penalty lies between −10 and 10, not at 1000.0" in done.stderr
+    (tmp_path / "run.json").write_text("{}")
+    done = qkv("predict", tmp_path, "abc")
+    assert done.returncode == 2 and "run.json does not say what a run is made of" in done.stderr
     done = qkv("predict", run, "abc", "--beam", 0)
     assert done.returncode == 2 and "a beam keeps at least 1 path, not 0" in done.stderr
 

@@ -191,6 +191,9 @@ def test_a_run_with_weights_of_fewer_bits(qkv: Qkv, tmp_path: Path) -> None:
     done = qkv("convert", "llama", tmp_path / "x", "--quantize", "int9")
     assert done.code == 2 and "not to 'int9'; did you mean" in done.err
     assert os.listdir(tmp_path) == ["out"]
+    said = qkv("convert", "apart", tmp_path / "two", "--quantize", "int8").out  # no text is of both vocabularies
+    assert "the error was not measured: its target has a vocabulary of its own" in said
+    assert qkv("convert", "llama", tmp_path / "x.GGUF").code == 0 and (tmp_path / "x.GGUF").is_file()
 
 
 def test_what_is_there_is_left_alone(qkv: Qkv, runs: Path, tmp_path: Path) -> None:

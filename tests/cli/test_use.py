@@ -287,6 +287,9 @@ MISTAKES = [
     (["convert", "bert", "new", "--set", "model_type"], "--set takes a key of config.json and its value"),
     (["diff", "llama", "gone"], "'gone' is no run, recipe, preset, file or name to pull"),
     (["look", "llama"], "llama is no run, of which there would be a report: give a text"),
+    (["look", "bert", "a name", "--out", "texts.txt"], "texts.txt is a file: --out names the folder of the pictures"),
+    (["look", "bert", "a name", "--out", "texts.txt/new"], "the folder texts.txt/new cannot be made (Not a directory)"),
+    (["generate", "x" * 300, "a name"], "is no file, no folder and no name to pull"),
     (["look", "bert", "a name", "--layer", "3", "--out", "new"], "there is no layer 3: the model has layers 1 to 2"),
 ]
 
@@ -341,5 +344,11 @@ def test_an_adapter_is_added_to_the_model(qkv, folder: Path, tmp_path: Path) -> 
     plain, adapted = (qkv(*options, *more).lines[0] for more in ((), ("--adapter", tmp_path / "lora")))
     assert adapted["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
     assert abs(plain["perplexity"] / adapted["perplexity"] - 1) > 1e-3
+    task = open_published(folder / "llama")
+    for name in ("a", "b"):  # of one name, in two folders
+        add_lora(task.model, name, rank=2, alpha=4.0, targets="**.attn.f.q")
+        save_adapter(task.model, tmp_path / name / "keys", name)
+    both = ("--adapter", tmp_path / "a" / "keys", "--adapter", tmp_path / "b" / "keys")
+    assert qkv(*options, *both).lines[0]["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
     gone = qkv(*options, "--adapter", tmp_path / "gone")
     assert gone.code == 2 and gone.err.count("\n") <= 2 and "gone" in gone.err

@@ -384,6 +384,7 @@ def test_any_thread_may_add_while_one_steps() -> None:
         last.result()
     with pytest.raises(QkvError, match="the engine is closed"):
         engine.add([1], Greedy(), limit=1)
+    assert not engine.pending and engine.bytes() == engine.own
     for ask, (tokens, hypotheses) in found.items():
         assert hypotheses == alone(name, "native", ask) and tokens == hypotheses[0].ids
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from qkv.errors import QkvError
 from qkv.native import build
+from qkv.native.library import lanes, library
 from tests.native.sample import sample
 
 OTHERS = ["x86-64", "haswell"] if platform.machine() in ("x86_64", "AMD64") else []
@@ -78,6 +80,31 @@ def test_it_compiles_once_for_each_processor_and_source(
     third = built()
     monkeypatch.setattr(build, "processor", lambda: "another")
     assert len({first, second, third, built()}) == 4 == len(list((cache / "native").iterdir()))
+
+
+@pytest.fixture
+def fresh(cache: Path) -> Iterator[None]:
+    """As in a process that has not yet looked for its kernels."""
+    build.built.cache_clear()
+    yield
+    build.built.cache_clear()
+
+
+def test_a_damaged_library_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    sound = build.built()
+    request.getfixturevalue("fresh")
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, f'cp "{sound}" "$out"')))
+    build.built().write_bytes(b"")
+    assert library.__wrapped__().qkv_lanes() == lanes()
+    assert (tmp_path / "calls").read_text() == "x\nx\n"
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, 'echo > "$out"')))
+    with pytest.raises(QkvError, match="the kernels cannot be loaded"):
+        library.__wrapped__()
 
 
 def test_without_a_compiler_a_sentence_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

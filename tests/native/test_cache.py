@@ -1,6 +1,8 @@
 """Pages: shared, copied when written, given back, and no more of them than texts need."""
 
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ def content(cell: Paged) -> list[list[int]]:
 
 
 def held(pages: Pages) -> int:
+    pages.settle()
     assert sorted(pages.free) == np.flatnonzero(pages.held == 0).tolist()
     return int((pages.held > 0).sum())
 
@@ -101,6 +104,28 @@ def test_pages_are_free_when_nobody_holds_them_and_are_used_again() -> None:
     third = filled(pages, 3 * PAGE)
     assert held(pages) == 5 and sum(len(page) > 0 for page in pages.memory) == 5
     del second, third
+    gc.collect()
+    assert held(pages) == 0
+
+
+def test_threads_may_share_a_pool() -> None:
+    pages, starts, ends = Pages(Engine(1), 16), np.zeros(20, int), np.full(20, 2 * PAGE)
+
+    def work(_: int) -> None:
+        for _ in range(50):
+            cell = Paged(pages, 20)
+            cell.reserve(starts, ends)
+            mine = cell.table[:, :2]
+            assert len(np.unique(mine)) == 40 and (pages.held[mine] == 1).all()
+            cell.select(torch.arange(0, 20, 2))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
     gc.collect()
     assert held(pages) == 0
 

@@ -484,6 +484,25 @@ def test_what_cannot_be_is_refused_in_a_sentence(ids: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_rows_that_do_not_fit_are_refused(ids: Tensor) -> None:
+    for one in both("gpt2"):
+        with pytest.raises(QkvError, match="the state is of 3 rows, and the ids are of 1"):
+            one(ids[:1, :1], state=one.new_state(3, 20))
+    with pytest.raises(QkvError, match=f"hidden vectors are {WIDTH} wide, not {WIDTH + 1}"):
+        both("gpt2")[0].logits(torch.zeros(2, WIDTH + 1))
+    model = both("t5-small")[0]
+    one = model.encode(ids[:1])
+    for refused in (
+        lambda: model.new_state(3, 20, **one),
+        lambda: model(ids, **one),
+        lambda: model(ids[:1], memory=one["memory"][..., 1:]),
+        lambda: decode(model, [[1]] * 3, Greedy(), limits=[5] * 3, end=None, memory=one),
+    ):
+        with pytest.raises(QkvError, match="the memory of . rows has the shape"):
+            refused()
+
+
+@torch.no_grad()
 def test_a_state_belongs_to_those_who_made_it(ids: Tensor) -> None:
     model = rough(EVERY["gpt2"]).float()
     torchs, other = model.new_state(3, 20), {"memory": torch.zeros(3, 4, WIDTH)}

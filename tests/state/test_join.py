@@ -182,8 +182,10 @@ def test_pages_are_copied_when_one_of_those_that_share_them_writes() -> None:
     assert short.counts.tolist() == [2, 2]
     short.join(fork)
     del fork, text
+    pages.settle()
     assert sorted(pages.held[pages.held > 0]) == [1, 3, 3]
     del short
+    pages.settle()
     assert not pages.held.any() and len(set(pages.free)) == len(pages.free) == len(pages.memory)
 
 
@@ -200,4 +202,5 @@ def test_a_memory_that_is_read_no_longer_is_let_go() -> None:
     fork.join(cell)
     assert fork.of.tolist() == [0, 1, 1, 2, 2] and fork.lengths.tolist() == [7, 5, 7]
     del cell, fork
+    pages.settle()
     assert not pages.held.any()

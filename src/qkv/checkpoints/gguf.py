@@ -56,6 +56,11 @@ LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65_535, 64, 4
 MOST_ENTRIES, MOST_VALUES, LONGEST_HEADER = 65_536, 1_700_000, 48_000_000
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is called as such files are."""
+    return path.suffix.lower() == ".gguf"
+
+
 @dataclass(frozen=True)
 class GGUFTensor:
     """A tensor of the file: its shape in torch's order, its type, and the bytes [offset, offset + nbytes) it takes."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from qkv.checkpoints.directory import CONFIG
+from qkv.checkpoints.gguf import is_gguf
 from qkv.checkpoints.gguf_model import GGUFModel
 from qkv.checkpoints.llama2c_model import Llama2CModel
 from qkv.checkpoints.load import Source
@@ -40,7 +41,7 @@ def held(path: Path, dtype: torch.dtype | None, packed: bool) -> Source:
     if not path.exists():
         around = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise QkvError(f"{path} does not exist{nearest(path.name, around)}")
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return GGUFModel(path, dtype or torch.float32, packed=packed)
     if path.suffix == ".bin":
         return Llama2CModel(path)

@@ -41,12 +41,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.replace(old)
         part.replace(path)
     except OSError as fault:
-        if old.exists() and not path.exists():
-            old.replace(path)
         raise unwritten(path, fault) from fault
     finally:
+        if old.exists() and not path.exists():  # whatever came between the two, Ctrl-C too
+            old.replace(path)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, which may be there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise QkvError(f"the folder {path} cannot be made ({fault.strerror}); name another") from None
+    return path
 
 
 def refuse_filled(folder: Path) -> None:

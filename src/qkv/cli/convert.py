@@ -32,13 +32,14 @@ def convert(
 
     With --quantize, write it for qkv in a fraction of the memory, and measure what that changes.
     """
+    from qkv.checkpoints.gguf import is_gguf
     from qkv.checkpoints.pull import resolve
     from qkv.checkpoints.weights import SPEC
     from qkv.train.run import RUN, dtype_of, open_task
     from qkv.use.convert import convert as write
     from qkv.use.convert import convert_trained
 
-    gguf = target.suffix == ".gguf"
+    gguf = is_gguf(target)
     if (gguf and dtype) or (kind and not gguf):
         raise QkvError("--type belongs to a .gguf file and --dtype to a directory")
     if quantize and kind:

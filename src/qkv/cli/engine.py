@@ -25,16 +25,17 @@ def opened(
 
     A .gguf file's weights stay packed where the native program runs them.
     """
+    from qkv.checkpoints.gguf import is_gguf
     from qkv.checkpoints.pull import resolve
     from qkv.train.run import open_task
 
     path = resolve(model)
-    packed = not (torch or dtype or adapters) and path.suffix == ".gguf"
+    packed = not (torch or dtype or adapters) and is_gguf(path)
     task = open_task(path, dtype, last=last, packed=packed)
-    for folder in adapters or []:
+    for n, folder in enumerate(adapters or [], 1):
         from qkv.adapt import load_adapter
 
-        load_adapter(task.model, folder, folder.resolve().name.replace(".", "-"))
+        load_adapter(task.model, folder, f"adapter-{n}")
     if not quiet:
         kinds: Counter[str] = Counter()
         for weight in task.model.parameters():

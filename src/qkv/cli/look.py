@@ -3,6 +3,7 @@
 import dataclasses as dc
 import json
 import sys
+from os.path import exists, isfile  # of names too long for a file as well
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,20 +30,23 @@ def look(
     head: Annotated[int | None, typer.Option(help="Only this head, from 1.")] = None,
 ) -> None:
     """Draw the attention over a text, and where experts read it; of a run also the loss curve and the report."""
+    from qkv.checkpoints.whole import make_folder
     from qkv.look import curves, write_report
     from qkv.train import Run, evaluate
     from qkv.train.run import RUN, open_task
 
-    run = Path(model) if (Path(model) / RUN).is_file() else None
+    run = Path(model) if isfile(f"{model}/{RUN}") else None
     if run is None and text is None:
         raise QkvError(f"{model} is no run, of which there would be a report: give a text for the model to read")
+    if out is not None and out.exists() and not out.is_dir():
+        raise QkvError(f"{out} is a file: --out names the folder of the pictures")
     task, folder = open_task(model), out or (Path("look") if run is None else run / "look")
     if text is not None:
         draw(task, text, folder, layer, head)
     if run is None:
         return
     opened = Run(run)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))
     texts, scores, recipe = [text] if text is not None else [], None, opened.recipe
@@ -57,6 +61,7 @@ def look(
 
 def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | None) -> None:
     """The attention maps of a text, and of the answer to it; and the maps of its routing."""
+    from qkv.checkpoints.whole import make_folder
     from qkv.look import attend, attention_grid, attention_map, route, routing_map
 
     answer = task.predict([text])[0][0] if task.pairs else None
@@ -71,7 +76,7 @@ def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | N
             continue
         path, heads = folder / f"{one.kind}.png", picked(head, one.weights.shape[1], "head")
         weights = one.weights[layers][:, heads]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if weights.shape[:2] == (1, 1):
             title = f"{one.kind}, layer {one.numbers[layers[0]]}, head {heads[0] + 1}"
             print(attention_map(weights[0, 0], one.rows, one.columns, title=title, measure=one.measure, path=path))
@@ -79,7 +84,7 @@ def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | N
             titles = [f"layer {one.numbers[n]}, head {m + 1}" for n in layers for m in heads]
             print(attention_grid(weights, one.rows, one.columns, titles=titles, measure=one.measure, path=path))
     for routing in route(task, text, answer):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         print(routing_map(routing, path=folder / f"routing-{routing.kind}.png"))
 
 
@@ -104,6 +109,8 @@ def inspect(
     from qkv.spec import edit
     from qkv.train.recipe import vocabularies
 
+    if vocabulary < 1:
+        raise QkvError(f"a vocabulary has at least 1 token, not {vocabulary}")
     spec = spec_of(model)
     for path, size in vocabularies(spec).items():
         if size is None:
@@ -130,16 +137,16 @@ def spec_of(name: str) -> "Model":
     from qkv.zoo import PRESETS
     from qkv.zoo import spec_of as preset
 
-    if (Path(name) / RUN).is_file():
+    if isfile(f"{name}/{RUN}"):
         return Run(Path(name)).recipe.model
-    if (Path(name) / SPEC).is_file():
+    if isfile(f"{name}/{SPEC}"):
         made: Model = load(read_json(Path(name) / SPEC), Model, str(Path(name) / SPEC))
         return made
     if name in PRESETS:
         return preset(name)
     if name in shipped() or name.endswith(".toml"):
         return load_recipe(find(name)).model
-    if not Path(name).exists() and name not in PACKAGES and not name.startswith("hf:"):
+    if not exists(name) and name not in PACKAGES and not name.startswith("hf:"):
         known = [*PRESETS, *shipped(), *PACKAGES]
         raise QkvError(f"{name!r} is no run, recipe, preset, file or name to pull{nearest(name, known)}")
     return described(opened(resolve(name)))

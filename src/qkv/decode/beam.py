@@ -30,6 +30,8 @@ class Beam(Search):
     def check(self) -> None:
         if self.size < 1:
             raise QkvError(f"a beam keeps at least 1 path, not {self.size}")
+        if not -10 <= self.length_penalty <= 10:
+            raise QkvError(f"the length penalty lies between −10 and 10, not at {self.length_penalty}")
         if not 1 <= self.n_best <= self.size:
             raise QkvError(f"a beam of {self.size} gives 1 to {self.size} hypotheses, not {self.n_best}")
 

@@ -113,6 +113,8 @@ class Batcher:
             self.news.wait_for(lambda: not self.busy)
             for job in (*self.waiting, *self.reading, *self.running):
                 job.request.cancel()
+            self.waiting.clear()
+            self.reading, self.running, self.state, self.kept = [], [], None, {}
             self.news.notify_all()
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Model, Module, SequenceModel
 from qkv.spec import Spec
 
@@ -50,10 +51,12 @@ def inspect(spec: Model, length: int | None = None) -> Inspection:
 
     Left out, the length is 128, or the most that the model has positions for.
     """
+    if length is not None and length < 1:
+        raise QkvError(f"a sequence to inspect has at least 1 token, not {length}")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the counter warns that meta tensors are not on an accelerator
         model = spec.build().eval()
-        length = length or min(128, model.positions or 128)
+        length = min(128, model.positions or 128) if length is None else length
         shapes, flops = measured(model, length)
         caches = cached(model, length)
     return Inspection(node("", type(spec).__name__, model, shapes, flops, caches), length)

@@ -209,6 +209,8 @@ def run(
     if lengths is not None and (lengths.shape != ids.shape[:1] or (lengths.is_cpu and bool((lengths > T).any()))):
         raise QkvError(f"lengths are how many of the {T} ids of each of {len(ids)} rows are real; found {lengths}")
     if state is not None:
+        if len(ids) != len(state.lengths):
+            raise QkvError(f"the state is of {len(state.lengths)} rows, and the ids are of {len(ids)}")
         if state.owner is not program:
             raise QkvError("this state is of other passes: make another with new_state after qkv.fast and qkv.slow")
         state.reserve(T)

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from qkv.checkpoints.pull import cache_folder
+from qkv.checkpoints.whole import sync
 from qkv.errors import QkvError
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -30,20 +32,32 @@ def built() -> Path:
     print("compiling qkv's kernels for this processor, once (10 to 30 s) …", file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            compile_to(made, compiler, command)
+            sync(made)
+            os.replace(made, target)
     except OSError as fault:
         raise QkvError(
             f"{target.parent} cannot be written to ({fault.strerror}): set QKV_CACHE to another folder"
         ) from None
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        command += [str(SOURCES / "engine.cpp"), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), "").strip()
-            said = said or " ".join(done.stderr.split())[-200:] or f"it ended with status {done.returncode}"
-            raise QkvError(f"{shlex.join(compiler)} cannot compile qkv's kernels: {said}")
-        os.replace(made, target)
     return target
+
+
+def compile_to(made: Path, compiler: list[str], command: list[str]) -> None:
+    done = subprocess.run([*command, str(SOURCES / "engine.cpp"), "-o", str(made)], capture_output=True, text=True)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "").strip()
+        said = said or " ".join(done.stderr.split())[-200:] or f"it ended with status {done.returncode}"
+        raise QkvError(f"{shlex.join(compiler)} cannot compile qkv's kernels: {said}")
+
+
+def rebuilt() -> Path:
+    """The library compiled anew, where what stands there cannot be loaded."""
+    with suppress(OSError):
+        built().unlink()
+    built.cache_clear()
+    return built()
 
 
 def find_compiler() -> list[str]:

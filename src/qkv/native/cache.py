@@ -1,5 +1,7 @@
 """Keys and values in pages: texts that share a beginning share its pages, and nothing is moved when a text grows."""
 
+import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -16,13 +18,21 @@ class Pages:
     def __init__(self, engine: Engine, size: int, run: int | None = None) -> None:
         self.engine, self.size, self.run = engine, size, run
         """Bytes; a run is what each head's keys, and its values, take of a page, if that is as much for all."""
+        self.lock = threading.RLock()
         self.memory: list[Tensor] = []
         self.address = np.zeros(0, np.uint64)
         self.held = np.zeros(0, np.int32)
         self.free: list[int] = []
+        self.left: deque[Numbers] = deque()
+        """Those of texts that died, in whatever thread and between whatever steps: dropped when some are needed."""
+
+    def settle(self) -> None:
+        """Drop the pages of texts that died."""
+        while self.left:
+            self.drop(self.left.popleft())
 
     def take(self) -> int:
-        """A page for one text."""
+        """A page for one text; what pages took of memory is kept for the texts to come."""
         if not self.free:
             grown = max(8, len(self.memory))
             self.memory += [torch.empty(0)] * grown
@@ -37,11 +47,13 @@ class Pages:
 
     def hold(self, table: Numbers, counts: Numbers) -> None:
         """One more text holds the first counts[b] pages of each row b of a table."""
-        np.add.at(self.held, filled(table, counts), 1)
+        with self.lock:
+            np.add.at(self.held, filled(table, counts), 1)
 
     def drop(self, pages: Numbers) -> None:
-        np.subtract.at(self.held, pages, 1)
-        self.free += np.unique(pages[self.held[pages] == 0]).tolist()
+        with self.lock:
+            np.subtract.at(self.held, pages, 1)
+            self.free += np.unique(pages[self.held[pages] == 0]).tolist()
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """From one page to another what stands in its first positions: (from, to, positions)."""
@@ -64,16 +76,18 @@ class Paged:
     def reserve(self, starts: Numbers, ends: Numbers) -> None:
         """Room to write positions starts[b] to ends[b] of each text b; a page that others hold is copied first."""
         pages, copies = self.pages, list[tuple[int, int, int]]()
-        for row in self.unready(starts, ends).tolist():
-            start = int(starts[row])
-            for n in range(start // PAGE, -(-int(ends[row]) // PAGE)):
-                if n >= self.counts[row]:
-                    self.add(row)
-                elif pages.held[shared := int(self.table[row, n])] > 1:
-                    pages.held[shared] -= 1
-                    self.table[row, n] = own = pages.take()
-                    copies.append((shared, own, max(0, start - n * PAGE)))
-        pages.copy(copies)
+        with pages.lock:
+            pages.settle()
+            for row in self.unready(starts, ends).tolist():
+                start = int(starts[row])
+                for n in range(start // PAGE, -(-int(ends[row]) // PAGE)):
+                    if n >= self.counts[row]:
+                        self.add(row)
+                    elif pages.held[shared := int(self.table[row, n])] > 1:
+                        pages.held[shared] -= 1
+                        self.table[row, n] = own = pages.take()
+                        copies.append((shared, own, max(0, start - n * PAGE)))
+            pages.copy(copies)
 
     def unready(self, starts: Numbers, ends: Numbers) -> Numbers:
         """The texts that may lack a page of their own: seen at a glance where each writes to one that it holds."""
@@ -136,7 +150,7 @@ class Paged:
         self.counts = np.zeros_like(self.counts)
 
     def __del__(self) -> None:
-        self.release()
+        self.pages.left.append(filled(self.table, self.counts))
 
 
 def filled(table: Numbers, counts: Numbers) -> Numbers:

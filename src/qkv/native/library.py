@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.native.build import built
+from qkv.errors import QkvError
+from qkv.native.build import built, rebuilt
 from qkv.ops.sample.scores import MAX, SUM
 
 Numbers: TypeAlias = np.ndarray[Any, Any]
@@ -103,8 +104,14 @@ class Call(ct.Structure):
 
 @cache
 def library() -> ct.CDLL:
-    """The kernels, compiled if they are not yet."""
-    lib = ct.CDLL(str(built()))
+    """The kernels, compiled if they are not yet; QkvError where they cannot be."""
+    try:
+        lib = ct.CDLL(str(built()))
+    except OSError:  # cut off by a full disk, say
+        try:
+            lib = ct.CDLL(str(rebuilt()))
+        except OSError as fault:
+            raise QkvError(f"the kernels cannot be loaded ({fault}): set QKV_CACHE to another folder") from None
     lib.qkv_engine.argtypes, lib.qkv_engine.restype = [ct.c_int], ct.c_void_p
     lib.qkv_engine_free.argtypes, lib.qkv_engine_free.restype = [ct.c_void_p], None
     lib.qkv_program.argtypes = [ct.c_void_p, ct.c_int, ct.c_void_p, ct.c_int, ct.c_int]

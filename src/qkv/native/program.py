@@ -83,6 +83,9 @@ class Pass(Program):
         if self.memories is not None:
             if "memory" not in given:
                 raise QkvError("the state needs the memory 'memory': new_state(…, **model.encode(source))")
+            found = tuple(given["memory"].shape)
+            if len(found) != 3 or (found[0], found[2]) != (batch, self.width):
+                raise QkvError(f"the memory of {batch} rows has the shape ({batch}, tokens, {self.width}), not {found}")
             cells["memory"] = self.memories.read(given["memory"], given.get("memory_lengths"))
         return [cells]
 
@@ -207,6 +210,8 @@ class Logits(Program):
         self.kernels: Kernels = engine
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.build.widths[INPUT]:
+            raise QkvError(f"hidden vectors are {self.build.widths[INPUT]} wide, not {x.shape[-1]}")
         rows = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
         out = torch.empty(len(rows), self.build.widths[OUTPUT])
         if len(rows):

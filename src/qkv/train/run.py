@@ -52,6 +52,8 @@ class Run:
         if not (folder / RUN).is_file():
             raise QkvError(f"{folder} is no run: it has no {RUN}; `qkv train RECIPE` makes one")
         facts = read_json(folder / RUN)
+        if not isinstance(facts, dict) or not facts.keys() >= {"recipe", "base", "last", "best"}:
+            raise QkvError(f"{folder / RUN} does not say what a run is made of: it is damaged, or not qkv's")
         self.base = Path(facts["base"])
         self.last: str | None = facts["last"]
         self.best: str | None = facts["best"]

@@ -11,6 +11,7 @@ import torch
 from qkv.adapt.quantise import check_kind, quantise
 from qkv.checkpoints.directory import CONFIG, read_table
 from qkv.checkpoints.export import Saves, save_packed, save_pretrained
+from qkv.checkpoints.gguf import is_gguf
 from qkv.checkpoints.gguf_export import save_gguf
 from qkv.checkpoints.load import Source, load_published
 from qkv.checkpoints.names import shown
@@ -39,7 +40,7 @@ def convert(
     that its config.json lacks. `allow_pickle` reads the weights of a .bin file.
     """
     refuse(target, bits)
-    packed = bits is not None and source.suffix == ".gguf"  # what has as few bits already is not rounded again
+    packed = bits is not None and is_gguf(source)  # what has as few bits already is not rounded again
     checkpoint: Source = (
         Pickled(source) if allow_pickle and not is_safe(source) else opened(source, dtype, packed=packed)
     )
@@ -53,7 +54,7 @@ def convert(
             )
         checkpoint.config[key] = plain(value)
     model = load_published(checkpoint, dtype)
-    if target.suffix == ".gguf":
+    if is_gguf(target):
         done = save_gguf(model, target, type=kind)
         said = [f"{target}: " + ", ".join(f"{count} tensors of type {name}" for name, count in done.types.items())]
         if done.instead:
@@ -78,7 +79,7 @@ def convert_trained(task: Task, target: Path, *, kind: str = "F16", bits: str | 
     refuse(target, bits)
     if bits is not None:
         return quantised(task.model, target, bits, task.tokenizers, lambda: task)
-    if target.suffix == ".gguf":
+    if is_gguf(target):
         with TemporaryDirectory() as folder:
             published = Path(folder) / target.stem
             save_pretrained(task.model, published, Beside(task))
@@ -144,11 +145,11 @@ def refuse(target: Path, bits: str | None = None) -> None:
     """Refuse a path that is of neither kind, or taken, and bits that there are not."""
     if bits is not None:
         check_kind(bits)
-        if target.suffix == ".gguf":
+        if is_gguf(target):
             raise QkvError(f"{target}: --quantize writes a directory for qkv; for a .gguf file there is --type Q4_1")
     if target.suffix in FILES:
         raise QkvError(f"{target} is neither a directory, which has no such suffix, nor a file that ends in .gguf")
-    if target.exists() and (target.suffix == ".gguf" or not target.is_dir()):
+    if target.exists() and (is_gguf(target) or not target.is_dir()):
         raise QkvError(f"{target} exists: name a new one")
 
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel
+from qkv.parts.embed import Tokens
 from qkv.parts.head import VocabularyHead
 from qkv.use.task import Task
 
@@ -56,6 +58,8 @@ def texts(task: Task) -> list[list[int]]:
 def read(task: Task, given: Sequence[Sequence[int]] | None = None) -> Reading:
     """What a model makes of texts, or of as much of Python's documentation as it reads in a minute."""
     model, began = task.model.eval(), time.monotonic()
+    if isinstance(model, EncoderDecoderModel) and isinstance(model.spec.target, Tokens):
+        raise QkvError("its target has a vocabulary of its own, in which English is no text")
     writes = isinstance(model.head, VocabularyHead) and (task.continues or task.pairs)
     done: list[list[int]] = []
     best: list[Tensor] = []
