@@ -64,9 +64,13 @@ def test_lengths_fit_the_rows():
             model(IDS, lengths=torch.tensor(wrong))
 
 
-def test_a_batchnorm_is_not_recomputed():
-    with pytest.raises(QkvError, match="a batchnorm counts each batch"):
-        rough(edit(SPEC, "**.pre", BatchNorm())).recompute()
+def test_what_is_recomputed_counts_a_batch_once():
+    found = []
+    for on in (False, True):
+        model = rough(edit(SPEC, "**.pre", BatchNorm())).train().recompute(on)
+        model(IDS).sum().backward()
+        found.append(dict(model.named_buffers()))
+    assert len(found[0]) and all(torch.equal(one, found[1][name]) for name, one in found[0].items())
 
 
 def test_a_model_without_a_head_gives_its_hidden_vectors():

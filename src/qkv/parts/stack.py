@@ -1,6 +1,8 @@
 """A stack of blocks."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -124,8 +126,25 @@ class StackModule(nn.Module):
         for n in range(len(self.use)):
             layer, inside = self.layer(n), context.inside(str(n))
             if self.recompute and self.training:
-                x = checkpoint(layer, x, inside, cells[n], use_reentrant=False)
+                again = partial(around, layer)
+                x = checkpoint(layer, x, inside, cells[n], use_reentrant=False, context_fn=again)
             else:
                 x = layer(x, inside, cells[n])
             inside.emit("out", x)
         return x
+
+
+def around(layer: nn.Module) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """What stands around a layer's first run, and around its second."""
+    return contextlib.nullcontext(), uncounted(layer)
+
+
+@contextlib.contextmanager
+def uncounted(layer: nn.Module) -> Iterator[None]:
+    """The layer's buffers stay as they are: a batch that runs again has been counted."""
+    before = [(buffer, buffer.clone()) for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, kept in before:
+            buffer.data.copy_(kept)  # which autograd, in the midst of its work, need not know

@@ -51,7 +51,11 @@ class Pointwise(Feature):
 
 @part("softmax")
 class Softmax(Feature):
-    """softmax(x) over the channels of a head: positive, and each key is a share (efficient attention, Shen 2018)."""
+    """softmax(x) over the channels of a head: positive, of sum 1.
+
+    Efficient attention has queries so (Shen 2018); its keys are shares over positions, of which later ones are unknown
+    here.
+    """
 
     def map(self, x: Tensor) -> Tensor:
         return x.softmax(-1)
