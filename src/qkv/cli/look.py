@@ -156,7 +156,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the demo.")] = Path("runs/demo"),
     setting: Annotated[list[str] | None, typer.Option("--set", "-s", help="Change a field of the recipe.")] = None,
 ) -> None:
-    """Train a small Transformer to pronounce English, in three to four minutes, and look inside it."""
+    """Train a small Transformer to pronounce English, in a few minutes, and look inside it."""
     from qkv.cli.demo import run
 
     run(out, setting or [], sys.stdout)

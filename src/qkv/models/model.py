@@ -128,7 +128,7 @@ class Module(nn.Module):
         return self.head(self.typed(x), self.wiring.embed.table, valid)
 
     def typed(self, x: Tensor) -> Tensor:
-        """Hidden vectors as the head's weights are: programs give fp32, whatever these are."""
+        """Hidden vectors in the type of the head's weights: programs give fp32, whatever that is."""
         if self.head is None or not self.programs or self.training:
             return x
         return x.to(next((weight.dtype for weight in self.head.parameters()), self.wiring.embed.table.dtype))

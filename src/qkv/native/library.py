@@ -169,9 +169,9 @@ class Engine:
             self.handle = library().qkv_engine(self.threads)
         return self.handle
 
-    def copy(self, from_: Numbers, to: Numbers, parts: Numbers, runs: int, run: int) -> None:
+    def copy(self, old: Numbers, new: Numbers, parts: Numbers, runs: int, run: int) -> None:
         """Pages at some addresses (uint64), each of so many runs of bytes: of each run the first parts[k] (int64)."""
-        library().qkv_copy(self.own(), *(x.ctypes.data for x in (from_, to, parts)), len(parts), runs, run)
+        library().qkv_copy(self.own(), *(x.ctypes.data for x in (old, new, parts)), len(parts), runs, run)
 
     # --- the kernels that look at scores (`ops.sample`) ---
 

@@ -1,7 +1,7 @@
 """A stack of blocks."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -136,15 +136,18 @@ class StackModule(nn.Module):
 
 def around(layer: nn.Module) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """What stands around a layer's first run, and around its second."""
-    return contextlib.nullcontext(), uncounted(layer)
+    return contextlib.nullcontext(), Uncounted(layer)
 
 
-@contextlib.contextmanager
-def uncounted(layer: nn.Module) -> Iterator[None]:
-    """The layer's buffers stay as they are: a batch that runs again has been counted."""
-    before = [(buffer, buffer.clone()) for buffer in layer.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, kept in before:
+class Uncounted(contextlib.AbstractContextManager[None]):
+    """The layer's buffers stay as they are, however often: a batch that runs again has been counted."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        self.before = [(buffer, buffer.clone()) for buffer in self.layer.buffers()]
+
+    def __exit__(self, *fault: object) -> None:
+        for buffer, kept in self.before:
             buffer.data.copy_(kept)  # which autograd, in the midst of its work, need not know
