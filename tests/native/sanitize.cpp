@@ -5,7 +5,7 @@
 #include <deque>
 #include <random>
 
-#include "engine.cpp"
+#include "library.cpp"
 
 using namespace qkv;
 

@@ -68,14 +68,14 @@ def test_it_compiles_once_for_each_processor_and_source(
 ) -> None:
     monkeypatch.setenv("CXX", str(compiler(tmp_path, 'echo "$@" > "$out"')))
     first = built()
-    assert built() == first and (tmp_path / "calls").read_text() == "x\n" and "engine.cpp -o" in first.read_text()
+    assert built() == first and (tmp_path / "calls").read_text() == "x\n" and "library.cpp -o" in first.read_text()
     assert capsys.readouterr().err.count("compiling") == 1
     monkeypatch.setenv("QKV_MARCH", "armv9-a")
     second = built()
     assert second != first and "-march=armv9-a" in second.read_text()
     sources = tmp_path / "sources"
     sources.mkdir()
-    (sources / "engine.cpp").write_text("int qkv;")
+    (sources / "library.cpp").write_text("int qkv;")
     monkeypatch.setattr(build, "SOURCES", sources)
     third = built()
     monkeypatch.setattr(build, "processor", lambda: "another")

@@ -45,7 +45,7 @@ def built() -> Path:
 
 
 def compile_to(made: Path, compiler: list[str], command: list[str]) -> None:
-    done = subprocess.run([*command, str(SOURCES / "engine.cpp"), "-o", str(made)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(SOURCES / "library.cpp"), "-o", str(made)], capture_output=True, text=True)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), "").strip()
         said = said or " ".join(done.stderr.split())[-200:] or f"it ended with status {done.returncode}"

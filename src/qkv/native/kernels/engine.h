@@ -1,56 +1,18 @@
 // Runs programs: every thread goes through the same records and takes its share of each; they meet after each record.
-#include <cstdlib>
-#include <memory>
+#pragma once
 #include <mutex>
-#include <new>
-
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
+#include <vector>
 
 #include "attention.h"
-#include "blocks.h"
 #include "experts.h"
 #include "memory.h"
 #include "norm.h"
 #include "program.h"
-#include "sample.h"
+#include "scratch.h"
 #include "threads.h"
 #include "tiles.h"
 
 namespace qkv {
-namespace {
-
-// Memory that grows, aligned to cache lines, never copied.
-class Scratch {
- public:
-  ~Scratch() { free(data_); }
-  void* reserve(size_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      const size_t page = bytes < LARGE ? 4096 : LARGE;  // of large memory in large pages, which spare address lookups
-      size_ = (bytes + page - 1) / page * page;
-      data_ = aligned_alloc(page, size_);
-#ifdef MADV_HUGEPAGE
-      if (data_ && page == LARGE) madvise(data_, size_, MADV_HUGEPAGE);
-#endif
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_;
-  }
-  template <class T>
-  T* as(size_t count) {
-    return (T*)reserve(count * sizeof(T));
-  }
-
- private:
-  static constexpr size_t LARGE = 1 << 21;
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 struct Program {
   std::vector<Op> ops;
@@ -88,11 +50,6 @@ class Engine {
       for (int64_t k = n * t / pool_.threads(); k < n * (t + 1) / pool_.threads(); k++) each(k);
       pool_.barrier.wait();
     });
-  }
-
-  template <class Each>
-  void every(const Scored& scores, Each each) {
-    every(scores.blocks(), scores.rows * scores.width < ALONE, each);
   }
 
  private:
@@ -134,7 +91,6 @@ class Engine {
     }
   }
 
-  static constexpr int64_t ALONE = 1 << 17;  // scores
   static constexpr int64_t WAITING = 65536;  // bytes of weights that a waiting thread reads ahead
 
   static const Op* next_product(const Op* op, const Op* end) {
@@ -527,78 +483,4 @@ class Engine {
   }
 };
 
-}  // namespace
 }  // namespace qkv
-
-// --- for ctypes ---
-
-using qkv::Call, qkv::Engine, qkv::Op, qkv::Program;
-
-extern "C" {
-int qkv_op_bytes() { return sizeof(Op); }
-int qkv_call_bytes() { return sizeof(Call); }
-
-Engine* qkv_engine(int threads) { return new Engine(threads); }
-void qkv_engine_free(Engine* engine) { delete engine; }
-
-Program* qkv_program(const Op* ops, int count, const int32_t* widths, int buffers, int wide_cache) {
-  auto* program = new Program{{ops, ops + count}, {widths, widths + buffers}, wide_cache != 0};
-  for (const Op& op : program->ops) {
-    program->widest = std::max(program->widest, op.inputs);
-    program->most = std::max(program->most, op.choices);
-  }
-  program->widest = (program->widest + 63) / 64 * 64;
-  return program;
-}
-void qkv_program_free(Program* program) { delete program; }
-
-int qkv_run(Engine* engine, const Program* program, const Call* call) {  // 0, or 1 where memory is short
-  try {
-    engine->run(*program, *call);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
-
-// Of each block of `size` scores the largest, and Σ e^{(x − m)/T}.
-void qkv_maxima(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, float* out) {
-  const qkv::Scored scores{x, rows, width, size};
-  engine->every(scores, [&](int64_t k) { out[k] = maximum(scores, k); });
-}
-void qkv_sums(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, const float* m, float T,
-              float* out) {
-  const qkv::Scored scores{x, rows, width, size};
-  engine->every(scores, [&](int64_t k) { out[k] = mass(scores, k, m, T); });
-}
-
-// The k largest of each row, by the maxima of its blocks.
-void qkv_largest(Engine* engine, const float* x, int64_t rows, int64_t width, int64_t size, const float* maxima, int k,
-                 float* values, int64_t* places) {
-  const qkv::Scored scores{x, rows, width, size}, whole{x, rows, width, width};
-  engine->every(whole, [&](int64_t row) { k_largest(scores, row, maxima, k, values + row * k, places + row * k); });
-}
-
-// From page to page, of each run of their bytes the first parts[k].
-void qkv_copy(Engine* engine, const uint8_t* const* from, uint8_t* const* to, const int64_t* parts, int64_t pages,
-              int64_t runs, int64_t run) {
-  engine->every(pages * runs, pages == 1, [&](int64_t k) {
-    const int64_t page = k / runs, at = k % runs * run;
-    memcpy(to[page] + at, from[page] + at, parts[page]);
-  });
-}
-
-// How a block format is kept in tiles; −1 for one that is not known.
-int qkv_store(int format) {
-  const qkv::Format* found = qkv::format(format);
-  return found ? found->store : -1;
-}
-
-int qkv_pack(int format, const uint8_t* rows, int count, int inputs, uint8_t* tiles, int64_t apart) {
-  return qkv::pack(*qkv::format(format), rows, count, inputs, tiles, apart);
-}
-
-int qkv_lanes() { return qkv::LANES; }
-
-int64_t qkv_tile_bytes(int store, int64_t inputs) { return qkv::tile_bytes(store, inputs); }
-}
