@@ -108,6 +108,23 @@ def test_pages_are_free_when_nobody_holds_them_and_are_used_again() -> None:
     assert held(pages) == 0
 
 
+def test_memory_that_is_no_longer_needed_goes_back() -> None:
+    pages = Pages(Engine(1), 16)
+
+    def kept() -> int:
+        return sum(len(memory) > 0 for memory in pages.memory)
+
+    many = filled(pages, 40 * PAGE)
+    few = filled(pages, 3 * PAGE)
+    del many
+    assert held(pages) == 3 and kept() == 43  # the next may be as large
+    for left in (21, 10, 5, 3):
+        del few
+        few = filled(pages, 3 * PAGE)
+        assert held(pages) == 3 and kept() == left
+    assert content(few) == [[0, 1, 2]]
+
+
 def test_threads_may_share_a_pool() -> None:
     pages, starts, ends = Pages(Engine(1), 16), np.zeros(20, int), np.full(20, 2 * PAGE)
 

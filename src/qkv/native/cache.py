@@ -12,6 +12,9 @@ from torch import Tensor
 from qkv.native.library import PAGE, Cache, Engine, Numbers, lanes
 
 
+NONE = torch.empty(0)
+
+
 class Pages:
     """Pages of 64 positions for all layers of a program, counted by how many texts hold them."""
 
@@ -23,19 +26,25 @@ class Pages:
         self.address = np.zeros(0, np.uint64)
         self.held = np.zeros(0, np.int32)
         self.free: list[int] = []
+        self.lately = 0
         self.left: deque[Numbers] = deque()
         """Those of texts that died, in whatever thread and between whatever steps: dropped when some are needed."""
 
     def settle(self) -> None:
-        """Drop the pages of texts that died."""
+        """Drop the pages of texts that died; for those to come is kept as much memory as was lately held."""
+        if not self.left:
+            return
+        self.lately = max(int(np.count_nonzero(self.held)), self.lately // 2)
         while self.left:
             self.drop(self.left.popleft())
+        for page in self.free[: len(self.memory) - self.lately]:  # those that were used last stand last
+            self.memory[page] = NONE
 
     def take(self) -> int:
-        """A page for one text; what pages took of memory is kept for the texts to come."""
+        """A page for one text."""
         if not self.free:
             grown = max(8, len(self.memory))
-            self.memory += [torch.empty(0)] * grown
+            self.memory += [NONE] * grown
             self.free = list(range(len(self.held) + grown - 1, len(self.held) - 1, -1))
             self.address, self.held = np.resize(self.address, len(self.memory)), np.append(self.held, [0] * grown)
         page = self.free.pop()
