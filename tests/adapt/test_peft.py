@@ -215,6 +215,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
         ({"rank_pattern": {"q_proj": 4}}, "the rank is 4"),
         ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern has the key"),
         ({"rank_pattern": {"a**": 4}}, "rank_pattern has the key"),
+        ({"rank_pattern": {r"layers\.(0|1)\.self_attn\.[qk]_proj": 4}}, "the rank is 4"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"target_modules": ["k_proj"]}, "target_modules of adapter_config.json does not name"),
     ],

@@ -9,6 +9,7 @@ from qkv.adapt import add_lora, quantise, upcycle
 from qkv.checkpoints.export import save_pretrained
 from qkv.checkpoints.weights import load_model, save_model
 from qkv.errors import QkvError
+from qkv.masks import Window
 from qkv.models import EncoderDecoderModel, Module
 from qkv.objectives import Balance, NextToken
 from qkv.parts import BiasedTopK, Experts, Gated, Learned, NoisyTopK, PlainExperts, Router, TopK
@@ -89,9 +90,10 @@ def test_a_checkpoint_of_it_is_a_checkpoint(tmp_path):
     torch.testing.assert_close(scores(again), scores(made))
 
 
-def test_a_llama_becomes_a_mixtral_for_the_transformers_package(tmp_path):
-    dense = rough(shrunk("smollm2-135m")).float()
-    made = upcycle(dense, count=4, noise=0.1)
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_llama_becomes_a_mixtral_for_the_transformers_package(tmp_path, window):
+    spec = edit(shrunk("mistral-7b"), "**.attn.f.mask", Window(window)) if window else shrunk("smollm2-135m")
+    made = upcycle(rough(spec).float(), count=4, noise=0.1)
     save_pretrained(made, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
     assert theirs.config.model_type == "mixtral" and theirs.config.num_local_experts == 4

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import qkv
 from qkv.checkpoints.load import load_directory
 from qkv.errors import QkvError
 from qkv.ops.blocks.packed import Packed
@@ -85,6 +86,9 @@ def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     assert "the file has no tokenizer" in told and "Unigram" in told
     with pytest.raises(QkvError, match="b.gguf holds weights without a tokenizer"):
         open_published(tmp_path / "b.gguf")
+    assert "it has no tokenizer, as the file has none" in says(tmp_path / "b.gguf", tmp_path / "c")
+    before, after = qkv.load(tmp_path / "b.gguf").state_dict(), qkv.load(tmp_path / "c").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_16_bits(tmp_path: Path) -> None:

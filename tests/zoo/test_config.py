@@ -212,6 +212,26 @@ def test_code_that_a_configuration_brings_is_never_looked_for() -> None:
     assert spec_from({**values, "auto_map": {"AutoModel": "evil--code.Model"}}) == spec_from(values)
 
 
+REMARKS: dict[str, dict[str, Any]] = {
+    "bert-base": {
+        "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3,
+        "pooler_size_per_head": 128, "pooler_type": "first_token_transform", "_num_labels": 9,
+    },
+    "gpt2-medium": {"n_special": 0, "predict_special_tokens": True},
+    "qwen2-0.5b": {"use_mrope": False, "_attn_implementation_autoset": True},
+    "llama-2-7b": {"max_sequence_length": 2048, "unsloth_version": "2024.9", "_flash_attn_2_enabled": True},
+    "bamba-9b": {"attn_rotary_emb": 64},
+}  # fmt: skip
+"""What published files add to what a preset says, and no number depends on."""
+
+
+@pytest.mark.parametrize("name", REMARKS)
+def test_remarks_of_published_files_are_known(name: str) -> None:
+    values = PRESETS[name]()
+    assert isinstance(values, dict)
+    assert spec_from({**values, **REMARKS[name]}) == spec_from(values)
+
+
 @pytest.mark.parametrize("key", ["is_decoder", "add_cross_attention", "quantization_config", "pruned_heads"])
 def test_what_no_family_runs_is_refused_for_all(key: str) -> None:
     with pytest.raises(QkvError, match=f"^here: {key} is .* for which qkv has no part"):

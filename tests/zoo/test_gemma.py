@@ -8,7 +8,7 @@ import pytest
 import transformers as tf
 from transformers import PreTrainedModel
 
-from qkv.zoo import spec_from
+from qkv.zoo import PRESETS, spec_from
 from tests.zoo.parity import SIZES, check_export, check_search, check_values, rough
 
 SIZED: dict[str, Any] = {
@@ -110,3 +110,14 @@ def test_older_files_say_the_same_by_other_keys(tmp_path: Path) -> None:
     del older["_sliding_window_pattern"]
     assert spec_from({**older, **OLD}) == spec_from(values)
     assert spec_from({**older, **OLD, "num_hidden_layers": 1}).stack.depth == 1  # what no layer needs is read too
+
+
+def test_gemma_2_caps_unless_a_file_says_otherwise() -> None:
+    def caps(**values: float | None) -> tuple[float | None, float | None]:
+        said: dict[str, Any] = PRESETS["gemma-2-2b"]()
+        keys = ("attn_logit_softcapping", "final_logit_softcapping")
+        spec = spec_from({key: value for key, value in said.items() if key not in keys} | values)
+        return spec.stack.blocks[0].branches["attn"].f.score.softcap, spec.head.softcap
+
+    assert caps() == (50.0, 30.0)
+    assert caps(attn_logit_softcapping=None, final_logit_softcapping=7.0) == (None, 7.0)

@@ -95,13 +95,15 @@ def config(path: Path) -> Config:
 
 def expression(key: str, c: Config) -> re.Pattern[str]:
     """A key of a pattern table: the end of a module's path, as a regular expression that cannot take for ever."""
-    if re.fullmatch(r"[\w.\\^$*+-]{1,200}", key) and key.count("*") + key.count("+") <= 2:
+    plain = re.fullmatch(r"[\w.\\^$*+|()\[\]-]{1,200}", key) and not re.search(r"\)[*+]", key)
+    if plain and key.count("*") + key.count("+") <= 2:
         try:
             return re.compile(rf"(?:.*\.)?(?:{key})$")
         except re.error:
             pass
     raise QkvError(
-        f"{c.where} has the key {key[:60]!r}; the end of a module's path is expected, with at most two * or +"
+        f"{c.where} has the key {key[:60]!r}; the end of a module's path is expected, "
+        "with at most two * or +, and none behind a group"
     )
 
 
@@ -120,7 +122,10 @@ def pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for key, tensor in load_tensors(path).items():
         match = KEY.fullmatch(key)
         if match is None or match["matrix"] in found.get(match["module"], {}) or not tensor.is_floating_point():
-            raise QkvError(f"{path} holds {key[:200]!r}, which is neither A nor B of a LoRA beside a linear layer")
+            raise QkvError(
+                f"{path} holds {key[:200]!r}, which is neither A nor B of a LoRA beside a linear layer "
+                "(the vocabulary's table and head take none here)"
+            )
         found.setdefault(match["module"], {})[match["matrix"]] = tensor
     for module, matrices in found.items():
         if len(matrices) < 2:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qkv.native.library import PAGE, Cache, Engine, Numbers, lanes
 
-
 NONE = torch.empty(0)
 
 

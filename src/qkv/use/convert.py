@@ -23,7 +23,7 @@ from qkv.errors import QkvError
 from qkv.models import Module
 from qkv.ops.blocks.packed import Packed
 from qkv.use.fidelity import compared, read
-from qkv.use.published import task_of, tokenizer_of
+from qkv.use.published import bare, task_of, tokenizer_of
 from qkv.use.task import Task
 
 FILES = (".bin", ".pt", ".pth", ".safetensors", ".json", ".onnx", ".ggml")
@@ -65,13 +65,14 @@ def convert(
         if not done.tokenizer:
             said.append(f"  the file has no tokenizer: {done.lack or 'there is none beside the weights'}")
         return said
-    tokenizer = tokenizer_of(checkpoint) if not checkpoint.path.is_dir() else None
+    none = bare(checkpoint)
+    tokenizer = None if none or checkpoint.path.is_dir() else tokenizer_of(checkpoint)
     if bits is not None:
         return quantised(
             model, target, bits, tokenizer, lambda: task_of(checkpoint, tokenizer or tokenizer_of(checkpoint), model)
         )
     save_pretrained(model, target, tokenizer)
-    return [told(model, target)]
+    return [told(model, target), *(["  it has no tokenizer, as the file has none"] if none else [])]
 
 
 def convert_trained(task: Task, target: Path, *, kind: str = "F16", bits: str | None = None) -> list[str]:

@@ -41,10 +41,15 @@ def task_of(source: Source, tokenizer: Tokenizer, model: Module) -> Task:
     return task
 
 
+def bare(source: Source) -> bool:
+    """Whether a checkpoint is a GGUF file of nothing but weights."""
+    return isinstance(source, GGUFModel) and source.file.metadata.get("tokenizer.ggml.model", "none") == "none"
+
+
 def tokenizer_of(source: Source) -> Tokenizer:
     """The tokenizer in a checkpoint, or beside it."""
     if isinstance(source, GGUFModel):
-        if source.file.metadata.get("tokenizer.ggml.model", "none") == "none":
+        if bare(source):
             raise QkvError(f"{source.path} holds weights without a tokenizer: convert a checkpoint that has one")
         return tokenizer_from_gguf(source.file.metadata)
     if isinstance(source, Llama2CModel):

@@ -42,7 +42,9 @@ def bamba(c: Config) -> Sequence:
         raise QkvError(
             f"{heads} heads of mamba_d_head {mamba.head_width} are not mamba_expand × hidden_size = {inner} wide"
         )
-    looking = attention(c, bias=c.flag("attention_bias", False), position=rotary(c, fraction=0.5))
+    position = rotary(c, fraction=0.5)
+    c.only("attn_rotary_emb", int(position.fraction * (c.integer("hidden_size") // c.integer("num_attention_heads"))))
+    looking = attention(c, bias=c.flag("attention_bias", False), position=position)
     ffn, depth = Gated(c.integer("intermediate_size")), c.depth("num_hidden_layers")
     layers = c.list("attn_layer_indices", int)
     if not set(layers) <= set(range(depth)):

@@ -100,7 +100,7 @@ def encoder_decoder(
 ) -> EncoderDecoder:
     """What Marian shares. Dropout within a feed-forward and of whole layers acts in training only and is left out."""
     c.ignore("activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std", "classif_dropout")
-    c.ignore("add_bias_logits", "force_bos_token_to_be_generated", "_num_labels", "classifier_dropout")
+    c.ignore("add_bias_logits", "force_bos_token_to_be_generated", "save_step", "classifier_dropout")
     c.only("normalize_before", pre)
     c.only("add_final_layer_norm", pre)
     c.only("do_blenderbot_90_layernorm", False)

@@ -26,6 +26,10 @@ EARLIEST = """
 """How the first files name the norms; they are written as the later ones do."""
 
 
+UNREAD = "pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
+"""Of a pooler that the first multilingual and Chinese files speak of, and have no weights for."""
+
+
 def names(spec: Sequence) -> str:
     return BODY + HEADS + vocabulary(spec, "cls.predictions") + EARLIEST
 
@@ -33,6 +37,7 @@ def names(spec: Sequence) -> str:
 @family("bert", names=names, prefix="bert.")
 def bert(c: Config) -> Sequence:
     """BERT and MiniLM."""
+    c.ignore("directionality", *UNREAD.split())
     transform, pool = Transform(c.act("hidden_act"), norm=norm(c)), Pool(transform=Transform("tanh"))
     return encoder(c, head(c, transform, pool, last_dropout(c)))
 

@@ -24,7 +24,8 @@ INERT = """
     label2id mask_token_id model_type num_labels output_attentions output_hidden_states output_past pad_token_id
     problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
     torchscript transformers_version use_bfloat16 use_cache use_return_dict decoder_start_token_id
-    transformers.js_config
+    transformers.js_config _attn_implementation_autoset _flash_attn_2_enabled _num_labels unsloth_fixed
+    unsloth_version
     bad_words_ids do_sample diversity_penalty early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups

@@ -48,11 +48,11 @@ def gemma(c: Config) -> Sequence:
 def gemma2(c: Config) -> Sequence:
     """Gemma 2 (Rivière 2024)."""
     c.only("use_bidirectional_attention", False)
-    bias, dot = c.flag("attention_bias", False), score(c)
+    bias, dot = c.flag("attention_bias", False), score(c, softcap=50.0)
     forms = {
         kind: attention(c, bias=bias, mask=mask, score=dot) for kind, mask in ((LOCAL, window(c)), (GLOBAL, Full()))
     }
-    return sandwich(c, [forms[kind] for kind in kinds(c, every=2)])
+    return sandwich(c, [forms[kind] for kind in kinds(c, every=2)], softcap=30.0)
 
 
 @family("gemma3_text", names=NAMES, prefix="model.")
@@ -96,7 +96,9 @@ def turns(c: Config, kind: str) -> Rotary:
     """Layers with a window have short waves, never scaled before each kind had a table of its own."""
     if kind == LOCAL and "rope_parameters" not in c:
         return Rotary(c.number("rope_local_base_freq", 10000.0))
-    return rotary(c, layers=kind, theta=10000.0 if kind == LOCAL else 1000000.0)
+    if kind == LOCAL:
+        return rotary(c, layers=kind, key="rope_local_base_freq")
+    return rotary(c, layers=kind, theta=1000000.0)
 
 
 def kinds(c: Config, every: int) -> list[str]:
@@ -106,25 +108,34 @@ def kinds(c: Config, every: int) -> list[str]:
     return layer_types(c, listed, depth)
 
 
-def score(c: Config) -> ScaledDot:
-    return ScaledDot(c.number("query_pre_attn_scalar", 256.0) ** -0.5, softcap=optional(c, "attn_logit_softcapping"))
+def score(c: Config, softcap: float | None = None) -> ScaledDot:
+    softcap = optional(c, "attn_logit_softcapping", softcap)
+    return ScaledDot(c.number("query_pre_attn_scalar", 256.0) ** -0.5, softcap=softcap)
 
 
 def centred(c: Config) -> RMSNorm:
     return RMSNorm(c.number("rms_norm_eps", 1e-6), offset=1.0)
 
 
-def sandwich(c: Config, attentions: list[Attention], mask: Mask | None = None) -> Sequence:
+def sandwich(
+    c: Config, attentions: list[Attention], mask: Mask | None = None, softcap: float | None = None
+) -> Sequence:
     """Each branch begins and ends with a norm."""
     c.ignore("hidden_act", "cache_implementation")
     ffn = Gated(c.integer("intermediate_size"), act=c.act("hidden_activation", "gelu_pytorch_tanh"))
-    return decoder(c, attentions, ffn, out=centred(c), mask=mask)
+    return decoder(c, attentions, ffn, out=centred(c), mask=mask, softcap=softcap)
 
 
 def decoder(
-    c: Config, attentions: list[Attention], ffn: Gated, *, out: RMSNorm | None, mask: Mask | None = None
+    c: Config,
+    attentions: list[Attention],
+    ffn: Gated,
+    *,
+    out: RMSNorm | None,
+    mask: Mask | None = None,
+    softcap: float | None = None,
 ) -> Sequence:
-    """Blocks that differ at most in their attention."""
+    """Blocks that differ at most in their attention; logits are capped as the configuration says, or else so."""
     c.ignore("max_position_embeddings")
     norm = centred(c)
     last = Branch(ffn, pre=norm, out=out)
@@ -137,7 +148,7 @@ def decoder(
         ),
         mask=mask or Causal(),
         norm=norm,
-        head=head(c, default=True, softcap=optional(c, "final_logit_softcapping")),
+        head=head(c, default=True, softcap=optional(c, "final_logit_softcapping", softcap)),
     )
 
 

@@ -35,7 +35,7 @@ def labelled(names: str) -> Callable[[Sequence], str]:
 @family("gpt2", names=labelled(NAMES), prefix="transformer.")
 def gpt2(c: Config) -> Sequence:
     """GPT-2 and DistilGPT2."""
-    c.ignore("n_ctx", "_num_labels", "reorder_and_upcast_attn", *SUMMARY)
+    c.ignore("n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn", *SUMMARY)
     norm, dropout = LayerNorm(c.number("layer_norm_epsilon", 1e-5)), c.number("resid_pdrop", 0.1)
     width, depth = c.integer("n_embd"), c.depth("n_layer")
     hidden, act = c.optional("n_inner") or 4 * width, c.act("activation_function", "gelu_new")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qkv.models import Sequence
-from qkv.parts import Span
+from qkv.parts import Gated, Span
 from qkv.zoo.config import Config
 from qkv.zoo.decoder import attention, decoder, sized
 from qkv.zoo.registry import family, preset
@@ -32,11 +32,11 @@ def names(spec: Sequence) -> str:
 @family("llama", names=names, prefix="model.")
 def llama(c: Config) -> Sequence:
     """LLaMA 1 to 3, SmolLM2 and others that say so."""
-    c.only("mlp_bias", False)
     c.only("pretraining_tp", 1)
     c.only("rope_interleaved", False)
-    c.ignore("is_llama_config")
-    return decoder(c, [attention(c, bias=c.flag("attention_bias", False))])
+    c.ignore("is_llama_config", "max_sequence_length")
+    ffn = Gated(c.integer("intermediate_size"), act=c.act("hidden_act", "silu"), bias=c.flag("mlp_bias", False))
+    return decoder(c, [attention(c, bias=c.flag("attention_bias", False))], ffn)
 
 
 @preset("smollm2-135m")

@@ -6,6 +6,7 @@ from qkv.models import Sequence
 from qkv.zoo.config import Config
 from qkv.zoo.decoder import attention, decoder, window
 from qkv.zoo.registry import family, preset
+from qkv.zoo.rope import rotary
 
 NAMES = """
     model.embed_tokens                              embed.tokens
@@ -31,7 +32,8 @@ def phi3(c: Config) -> Sequence:
     for key in ("full_attn_mod", "interpolate_factor"):
         c.only(key, 1)
     c.only("embd_pdrop", 0.0)
-    return decoder(c, [attention(c, mask=window(c))], dropout=c.number("resid_pdrop", 0.0))
+    position = rotary(c, fraction=1.0)
+    return decoder(c, [attention(c, mask=window(c), position=position)], dropout=c.number("resid_pdrop", 0.0))
 
 
 @preset("phi-3-mini")

@@ -14,6 +14,7 @@ from qkv.zoo.registry import family, preset
 @family("qwen2", names=names, prefix="model.")
 def qwen2(c: Config) -> Sequence:
     """Qwen2: queries, keys and values have biases (Yang 2024)."""
+    c.only("use_mrope", False)
     return decoder(c, [attention(c, bias="qkv", mask=mask) for mask in windows(c)])
 
 

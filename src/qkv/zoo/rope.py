@@ -1,24 +1,33 @@
 """Rotary positions as configurations describe them: `rope_parameters`, or `rope_theta` and `rope_scaling` before it."""
 
+from qkv.errors import QkvError
 from qkv.parts import Rotary
 from qkv.parts.position import BandScaling, LinearScaling, LongRope, NTKScaling, Scaling, YaRN
 from qkv.zoo.config import Config
 
 
-def rotary(c: Config, *, layers: str | None = None, theta: float = 10000.0, fraction: float = 1.0) -> Rotary:
+def rotary(
+    c: Config, *, layers: str | None = None, key: str = "rope_theta", theta: float = 10000.0, fraction: float = 0.0
+) -> Rotary:
     """The rotary position of a model, or of its `layers` of one kind where each kind has a table of its own.
 
-    `theta` and `fraction` are the family's own, where the configuration says nothing.
+    What the table does not say stands beside it, the base as `key`, or else is the family's own `theta` and `fraction`.
+    A family without a fraction turns whole heads.
     """
     newer = "rope_parameters" in c
+    if newer and c.table("rope_scaling").values not in ({}, c.values["rope_parameters"]):
+        raise QkvError(f"{c.where} has rope_parameters and rope_scaling: move what rope_scaling says into the other")
     table = c.table("rope_parameters" if newer else "rope_scaling")
-    c.ignore("rope_parameters", "rope_scaling")
+    c.ignore("rope_parameters", "rope_scaling", "rope_theta")
     if layers is not None and layers in table:
         table = table.table(layers)
-    base = table.number("rope_theta", theta) if newer else c.number("rope_theta", theta)
-    part = table.number("partial_rotary_factor", 0.0) or c.number("partial_rotary_factor", fraction)
-    c.ignore("rope_theta", "partial_rotary_factor")
-    return Rotary(base, fraction=part, scaling=scaling(c, table))
+    base = table.number("rope_theta", c.number(key, theta))
+    if fraction:
+        fraction = table.number("partial_rotary_factor", c.number("partial_rotary_factor", fraction))
+    else:
+        table.only("partial_rotary_factor", 1.0)
+        c.only("partial_rotary_factor", 1.0)
+    return Rotary(base, fraction=fraction or 1.0, scaling=scaling(c, table))
 
 
 def scaling(c: Config, table: Config) -> Scaling | None:
@@ -39,14 +48,15 @@ def scaling(c: Config, table: Config) -> Scaling | None:
         low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
         made = BandScaling(table.number("factor"), low=low, high=high, trained=trained)
     elif kind == "yarn":
+        table.ignore("finetuned")
         made = YaRN(
-            table.number("factor"),
+            table.number("factor", longest / trained),
             trained=trained,
             fast=table.number("beta_fast", 32.0),
             slow=table.number("beta_slow", 1.0),
             attention_factor=optional(table, "attention_factor"),
-            numerator=optional(table, "mscale"),
-            denominator=optional(table, "mscale_all_dim"),
+            numerator=optional(table, "mscale") or None,  # 0 is as good as none
+            denominator=optional(table, "mscale_all_dim") or None,
             truncate=table.flag("truncate", True),
         )
     elif kind in ("longrope", "su"):
@@ -64,6 +74,9 @@ def scaling(c: Config, table: Config) -> Scaling | None:
     return made
 
 
-def optional(c: Config, key: str) -> float | None:
+def optional(c: Config, key: str, unsaid: float | None = None) -> float | None:
+    """A number; None where the key is null, `unsaid` where there is none."""
     c.ignore(key)
+    if key not in c.values:
+        return unsaid
     return c.number(key) if key in c else None

@@ -4,6 +4,7 @@ A family says what spec a configuration describes. The way back is a search: beg
 set keys to the values that the spec has where the two differ, as long as that brings them nearer.
 """
 
+import dataclasses as dc
 from collections.abc import Iterator, Mapping
 from itertools import chain, combinations
 from typing import Any
@@ -42,6 +43,11 @@ def configuration(spec: Model, base: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def fields(value: Any) -> Iterator[Any]:
+    """What a part holds: of a window its size."""
+    return (getattr(value, field.name) for field in dc.fields(value)) if dc.is_dataclass(value) else iter(())
+
+
 def labels(spec: Model) -> dict[str, Any]:
     """The names of classes, where the model has a head that scores them."""
     names = getattr(getattr(spec, "head", None), "labels", None)
@@ -53,7 +59,8 @@ def labels(spec: Model) -> dict[str, Any]:
 
 def candidates(values: Mapping[str, Any], left: list[Change]) -> Iterator[dict[str, Any]]:
     """Keys and values to try: what the spec has, at keys that hold such a value now, or none."""
-    found = {(type(change.after), change.after) for change in left if isinstance(change.after, int | float)}
+    wanted = [value for change in left for value in (change.after, *fields(change.after))]
+    found = {(type(value), value) for value in wanted if isinstance(value, int | float)}
     for key, value in {**values, **unsaid(values)}.items():
         if isinstance(value, str) and value in ACTIVATIONS:
             yield from ({key: name} for name in ACTIVATIONS)
