@@ -98,7 +98,6 @@ REACH = {
     "sinks": (Causal() & (Window(3) | Global(2)), Reach(2, 2)),
     "sinks within a window": ((Window(3) | Global(2)) & Window(5), Reach(2, 2)),
     "first tokens alone": (Causal() & Global(3), Reach(3, 0)),
-    "an or of none": (Any(()), None),
 }
 
 
@@ -125,3 +124,11 @@ def test_longformer_and_attention_sinks():
     assert torch.equal(sinks, by_hand(lambda b, q, k: k <= q and (q - k < 2 or k == 0)))
     with pytest.raises(QkvError, match="0 global tokens are none"):
         Global(0)
+
+
+def test_what_sees_all_sees_all_in_a_union_too():
+    every = Any((All((Full(), Full())), Causal()))
+    assert every.allow(torch.arange(T)[None, :, None], torch.arange(T)[None, None], context()) is None
+    assert not every.causal and Causal() & Causal() == Causal()
+    with pytest.raises(QkvError, match="give at least one"):
+        Any(())

@@ -1,8 +1,11 @@
 """Specs as values: strict load, exact dump, printing, editing, comparing."""
 
+import dataclasses as dc
 import json
+import math
 import subprocess
 import sys
+import types
 
 import pytest
 from hypothesis import given
@@ -161,3 +164,72 @@ def test_no_data_makes_anything_but_a_spec_or_a_sentence(data):
 def test_the_package_and_its_specs_import_no_torch():
     code = "import sys, qkv, qkv.spec, qkv.errors, qkv.recipes, qkv.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+# --- parts of others ---
+
+
+@pytest.fixture
+def registry():
+    before = dict(KINDS)
+    yield KINDS
+    KINDS.clear()
+    KINDS.update(before)
+
+
+def test_annotations_may_be_strings_and_defaults_may_be_made(registry):
+    source = """
+from __future__ import annotations
+import dataclasses as dc
+from typing import ClassVar
+from qkv.parts import Norm, RMSNorm
+from qkv.spec import part
+
+@part("later")
+class Later(Norm):
+    sizes: tuple[int, ...] = dc.field(default_factory=lambda: (1, 2))
+    over_batch: ClassVar[bool] = False
+
+@part("more")
+class More(RMSNorm):
+    extra: int
+"""
+    module = types.ModuleType("later")
+    sys.modules["later"] = module
+    try:
+        exec(source, vars(module))
+        made = module.Later()
+        assert made.sizes == (1, 2) and dump(made) == {"kind": "later"} and load({"kind": "later"}) == made
+        assert repr(module.Later((3,))) == "Later(sizes=(3,))"
+        assert repr(module.More(extra=3)) == "More(extra=3)" and module.More(0.5, extra=3).eps == 0.5
+        with pytest.raises(SpecError, match="the key 'extra' is missing"):
+            load({"kind": "more"})
+    finally:
+        del sys.modules["later"]
+
+
+def test_what_has_no_kind_of_its_own_is_not_written_as_another():
+    class Mine(Attention):
+        pass
+
+    with pytest.raises(QkvError, match="Mine has no kind of its own"):
+        dump(Branch(Mine(4)))
+
+
+def test_entries_may_be_named_self_and_come_as_one_table():
+    a, b = Branch(Attention(4)), Branch(FeedForward(8))
+    assert list(Block(self=a, x=b).branches) == ["self", "x"]
+    assert dc.replace(Block(x=a, y=b), branches={"x": a}) == Block(x=a) == Block(branches={"x": a})
+
+
+def test_numbers_that_are_none_are_refused_and_infinity_is_written():
+    with pytest.raises(SpecError, match="expected a number, found nan"):
+        RMSNorm(eps=math.nan)
+    limited = parts.Mamba2(4, step_limit=(0.1, math.inf))
+    assert eval(repr(limited), vars(parts)) == limited == load(json.loads(json.dumps(dump(limited))))
+
+
+def test_what_differs_without_a_path_differs_as_a_whole():
+    block = small().stack.pattern
+    once, twice = Stack(block, depth=2), Stack((block, block), depth=2)
+    assert [change.path for change in diff({"stack": once}, {"stack": twice})] == ["stack"] and not diff(once, once)

@@ -76,7 +76,7 @@ def qkv(threads: int, folder: Path, kind: str, rows: Rows) -> Ready:
     @torch.inference_mode()
     def translate() -> Rows:
         found = decode(
-            model, [[BLANK]] * len(rows), Beam(BEAM), limits=[OUT] * len(rows), end=None, memory=model.encode(source)
+            model, [[BLANK]] * len(rows), Beam(BEAM), limits=[OUT] * len(rows), ends=None, memory=model.encode(source)
         )
         return [row[0].ids for row in found]
 

@@ -5,10 +5,8 @@ Positions are absolute and the same function serves a whole sequence, one step o
 """
 
 import dataclasses as dc
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from qkv.errors import QkvError
@@ -52,7 +50,7 @@ class Mask(Spec):
         """Raise `QkvError` where the next T tokens cannot be fed to a cache by themselves."""
 
     def __and__(self, other: "Mask") -> "Mask":
-        return other if self == Full() else self if other == Full() else All((self, other))
+        return other if self in (Full(), other) else self if other == Full() else All((self, other))
 
     def __or__(self, other: "Mask") -> "Mask":
         return Full() if Full() in (self, other) else Any((self, other))
@@ -183,17 +181,6 @@ class Edges(Mask):
         raise QkvError("a graph cannot be decoded with a cache: give the model all of its nodes at once")
 
 
-def _fold(
-    masks: Sequence[Mask], join: Callable[[Tensor, Tensor], Tensor], looks: tuple[Tensor, Tensor, "Context"]
-) -> Tensor | None:
-    allowed: Tensor | None = None
-    for mask in masks:
-        one = mask.allow(*looks)
-        if one is not None:
-            allowed = one if allowed is None else join(allowed, one)
-    return allowed
-
-
 @part("all")
 class All(Mask):
     """What every one of the masks allows; written `a & b`."""
@@ -215,7 +202,12 @@ class All(Mask):
         return Reach(max(b.first for b in bounds), min(b.behind for b in bounds)) if bounds else None
 
     def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor | None:
-        return _fold(self.masks, torch.logical_and, (queries, keys, context))
+        allowed: Tensor | None = None
+        for mask in self.masks:
+            one = mask.allow(queries, keys, context)
+            if one is not None:
+                allowed = one if allowed is None else allowed & one
+        return allowed
 
     def refuse(self, context: "Context", T: int) -> None:
         for mask in self.masks:
@@ -227,6 +219,10 @@ class Any(Mask):
     """What at least one of the masks allows; written `a | b`."""
 
     masks: tuple[Mask, ...]
+
+    def check(self) -> None:
+        if not self.masks:
+            raise QkvError("of no masks none allows anything: give at least one")
 
     @property
     def causal(self) -> bool:
@@ -244,7 +240,13 @@ class Any(Mask):
         return Reach(max(b.first for b in bounds), max(b.behind for b in bounds))
 
     def allow(self, queries: Tensor, keys: Tensor, context: "Context") -> Tensor | None:
-        return _fold(self.masks, torch.logical_or, (queries, keys, context))
+        allowed: Tensor | None = None
+        for mask in self.masks:
+            one = mask.allow(queries, keys, context)
+            if one is None:
+                return None
+            allowed = one if allowed is None else allowed | one
+        return allowed
 
     def refuse(self, context: "Context", T: int) -> None:
         for mask in self.masks:

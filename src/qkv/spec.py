@@ -76,8 +76,9 @@ def part(kind: str, *, open: str | None = None) -> Callable[[type[S]], type[S]]:
     def register(cls: type[S]) -> type[S]:
         if kind in KINDS:
             raise QkvError(f"the kind {kind!r} is taken by {KINDS[kind].__module__}.{KINDS[kind].__qualname__}")
-        fields = [name for name, hint in cls.__annotations__.items() if typing.get_origin(hint) is not ClassVar]
-        for position, name in enumerate(fields):
+        inherited = sum(not field.kw_only for field in dc.fields(cls))
+        fields = [name for name, hint in cls.__annotations__.items() if not _of_class(hint)]
+        for position, name in enumerate(fields, inherited):
             value = cls.__dict__.get(name, dc.MISSING)
             field = value if isinstance(value, dc.Field) else dc.field(default=value)
             field.kw_only = position > 0 or open is not None
@@ -92,13 +93,19 @@ def part(kind: str, *, open: str | None = None) -> Callable[[type[S]], type[S]]:
     return register
 
 
+def _of_class(hint: Any) -> bool:
+    """Whether an annotation, a string where annotations are not evaluated, is of a variable of the class."""
+    return (hint if isinstance(hint, str) else str(hint)).partition("[")[0].rpartition(".")[2] == "ClassVar"
+
+
 def _spread(cls: type[Spec], open: str) -> None:
-    """Let the constructor take the entries of the open field as keywords."""
+    """Let the constructor take the entries of the open field as keywords, or all of them by the field's name."""
     construct = cls.__init__
     named = {field.name for field in dc.fields(cls) if field.name != open}
 
-    def spread(self: Spec, **values: Any) -> None:
-        entries = {key: values.pop(key) for key in list(values) if key not in named}
+    def spread(self: Spec, /, **values: Any) -> None:
+        entries = dict(values.pop(open)) if isinstance(values.get(open), Mapping) else {}
+        entries |= {key: values.pop(key) for key in list(values) if key not in named}
         construct(self, **values, **{open: entries})
 
     setattr(cls, "__init__", spread)  # noqa: B010 - a plain assignment is refused by type checkers
@@ -154,7 +161,7 @@ def fit(value: Any, hint: Any, path: str) -> Any:
         return value if isinstance(value, hint) else _fit_part(value, hint, path)
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:
+    if type(value) is not hint or value != value:  # what is no number equals nothing, nor itself
         raise SpecError(path, f"expected {_name(hint)}, found {_show(value)}")
     return value
 
@@ -202,7 +209,7 @@ def _fit_part(value: Any, hint: type[Spec], path: str) -> Spec:
             raise SpecError(path, f"unknown key {key!r}{nearest(key, hints)}")
         arguments[key] = fit(item, hints.get(key, entry), f"{path}.{key}")
     for field in dc.fields(cls):
-        if field.name not in arguments and field.name != cls.open_field and field.default is dc.MISSING:
+        if field.name not in arguments and field.name != cls.open_field and _default(field) is dc.MISSING:
             raise SpecError(path, f"the key {field.name!r} is missing")
     try:
         return cls(**arguments)
@@ -219,6 +226,13 @@ def positive(spec: Spec, *names: str) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not 0 < number < math.inf:
                 raise QkvError(f"the {name} of {spec.kind} is a number above 0, not {number}")
+
+
+def share(spec: Spec, *names: str) -> None:
+    """Refuse fields that are no share of a whole, from 0 to below 1, as dropout is."""
+    for name in names:
+        if not 0 <= getattr(spec, name) < 1:
+            raise QkvError(f"the {name} of {spec.kind} lies in [0, 1), not at {getattr(spec, name)}")
 
 
 def kinds(hint: type[Spec] = Spec) -> list[str]:
@@ -262,6 +276,8 @@ def _show(value: Any) -> str:
 def dump(value: Any) -> Any:
     """Plain data from which `load` makes an equal spec; fields at their default are left out."""
     if isinstance(value, Spec):
+        if KINDS.get(value.kind) is not type(value):
+            raise QkvError(f"{type(value).__name__} has no kind of its own, by which it is loaded: give it @part(…)")
         given = _given(value)
         entries = given.pop(value.open_field, {}) if value.open_field else {}
         return {"kind": value.kind, **{key: dump(item) for key, item in {**given, **entries}.items()}}
@@ -272,14 +288,19 @@ def dump(value: Any) -> Any:
 
 def _given(spec: Spec) -> dict[str, Any]:
     """The fields that differ from their default."""
-    values = {field.name: (getattr(spec, field.name), field.default) for field in dc.fields(spec)}
+    values = {field.name: (getattr(spec, field.name), _default(field)) for field in dc.fields(spec)}
     return {name: value for name, (value, default) in values.items() if _frozen(value) != _frozen(default)}
+
+
+def _default(field: dc.Field[Any]) -> Any:
+    """MISSING where there is none."""
+    return field.default if field.default_factory is dc.MISSING else field.default_factory()
 
 
 def _essential(cls: type[Spec]) -> str | None:
     """The field that is written without its name: the first, where it has no default."""
     first = next((field for field in dc.fields(cls) if not field.kw_only), None)
-    return first.name if first is not None and first.default is dc.MISSING else None
+    return first.name if first is not None and _default(first) is dc.MISSING else None
 
 
 def _python(value: Any, indent: int = 0, width: int | None = 100) -> str:
@@ -295,7 +316,7 @@ def _python(value: Any, indent: int = 0, width: int | None = 100) -> str:
     elif isinstance(value, tuple):
         brackets, items = ("(", ",)" if len(value) == 1 else ")"), [("", item) for item in value]
     else:
-        return repr(value)
+        return f"float({str(value)!r})" if value in (math.inf, -math.inf) else repr(value)
     flat = ", ".join(label + _python(item, width=None) for label, item in items)
     if width is None or indent + len(flat) + len(brackets[0]) <= width:
         return brackets[0] + flat + brackets[1]
@@ -390,5 +411,6 @@ def diff(before: Any, after: Any, path: str = "") -> list[Change]:
         below = {key: f"{path}.{key}" if path else key for key in keys}
         if before != after and old.keys() == new.keys() and list(old) != list(new):  # branches in another order
             return [Change(path, before, after)]
-        return [c for key in keys for c in diff(old.get(key, _Absent()), new.get(key, _Absent()), below[key])]
+        found = [c for key in keys for c in diff(old.get(key, _Absent()), new.get(key, _Absent()), below[key])]
+        return found if found or before == after else [Change(path, before, after)]  # alike in all that has a path
     return [] if _frozen(before) == _frozen(after) and type(before) is type(after) else [Change(path, before, after)]

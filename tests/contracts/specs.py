@@ -10,6 +10,7 @@ from qkv import models, parts, zoo  # noqa: F401 - registers what is tested
 from qkv.masks import Causal, Full, Global, Mask, Prefix, Window
 from qkv.models import EncoderDecoder, Module, Sequence
 from qkv.parts import (
+    GLA,
     GRU,
     Attention,
     Block,
@@ -17,12 +18,16 @@ from qkv.parts import (
     ChannelMix,
     Decay,
     Delta,
+    DyT,
+    Experts,
     Feature,
     FeedForward,
     Gate,
     Head,
     LayerNorm,
+    LayerScale,
     Learned,
+    Mamba2,
     Memory,
     Mixer,
     Norm,
@@ -100,6 +105,13 @@ def decoders() -> dict[str, Sequence]:
     attn, ffn = Branch(Attention(4, kv_heads=2), pre=LayerNorm()), Branch(FeedForward(24))
     found["grouped queries, parallel"] = decoder(block=Parallel(attn=attn, ffn=ffn), at=Learned(ROOM))
     found["one key-value head, norm of queries"] = decoder(Attention(4, kv_heads=1, norm=LayerNorm()))
+    ends: dict[str, Any] = {"out": LayerNorm(), "gate": LayerScale()}
+    found["norms of queries, and branches that end in a norm and a gate"] = decoder(
+        block=Block(attn=Branch(Attention(4, norm=DyT()), **ends), ffn=Branch(Experts(8, count=4), **ends))
+    )
+    found["memories that end in a norm and a gate"] = decoder(
+        block=Block(one=Branch(GLA(4), **ends), two=Branch(Mamba2(4, state=8), **ends))
+    )
     found["window and sinks"] = decoder(Attention(4, mask=Window(3) | Global(2)), at=Learned(ROOM))
     found["window in every other layer"] = edit(decoder(at=Learned(ROOM)), "stack.1.attn.f.mask", Window(3))
     shared = Stack(decoder().stack.pattern, depth=4, use=(0, 0, 1, 1))

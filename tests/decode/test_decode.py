@@ -58,7 +58,7 @@ def search(
 ) -> list[list[Hypothesis]]:
     known = memory(model, rows) or None
     limits = [limits[row] for row in rows]
-    return decode(model, [PROMPTS[row] for row in rows], how, limits=limits, end=end, memory=known, seeds=rows)
+    return decode(model, [PROMPTS[row] for row in rows], how, limits=limits, ends=end, memory=known, seeds=rows)
 
 
 @torch.no_grad()
@@ -175,12 +175,12 @@ def test_the_mode_comes_back():
 )
 def test_what_cannot_be_is_refused(prompts, limits, words):
     with pytest.raises(QkvError, match=words or None):
-        decode(build("decoder"), prompts, Greedy(), limits=limits, end=END)
+        decode(build("decoder"), prompts, Greedy(), limits=limits, ends=END)
 
 
 def test_a_model_without_a_head_says_nothing():
     with pytest.raises(QkvError, match="head"):
-        decode(edit(build("decoder").spec, "head", None).build(), [[1]], Greedy(), limits=[3], end=END)
+        decode(edit(build("decoder").spec, "head", None).build(), [[1]], Greedy(), limits=[3], ends=END)
 
 
 @pytest.mark.parametrize("how", SEARCHES)
@@ -409,7 +409,7 @@ def test_frequencies_are_probabilities(sample):
 
 
 def sampled(sample: Sample, seeds: list[int]) -> list[list[int]]:
-    found = decode(build("decoder"), [[1]] * len(seeds), sample, limits=[9] * len(seeds), end=None, seeds=seeds)
+    found = decode(build("decoder"), [[1]] * len(seeds), sample, limits=[9] * len(seeds), ends=None, seeds=seeds)
     return [row[0].ids for row in found]
 
 

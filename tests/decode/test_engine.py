@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from functools import cache
 from typing import Any
 
@@ -77,7 +78,7 @@ def alone(name: str, kind: str, ask: Ask) -> list[Hypothesis]:
     prompt, search, limit, seed, read = ask
     memory: Any = source(name, kind, read) or None
     how = SEARCHES[search]
-    return decode(model(name, kind), [prompt], how, limits=[limit], end=END, memory=memory, seeds=[seed])[0]
+    return decode(model(name, kind), [prompt], how, limits=[limit], ends=END, memory=memory, seeds=[seed])[0]
 
 
 def begin(engine: Batcher, name: str, kind: str, ask: Ask) -> Any:
@@ -182,7 +183,7 @@ def test_quantised_weights_are_no_exception() -> None:
     engine, asks = Batcher(made, rows=5, chunk=6), [(ids(n, n), SEARCHES[n % 6], 3 + n) for n in range(1, 12)]
     asked = [engine.add(prompt, search, limit=limit, ends={END}) for prompt, search, limit in asks]
     for (prompt, search, limit), request in zip(asks, asked, strict=True):
-        assert request.result() == decode(made, [prompt], search, limits=[limit], end=END)[0]
+        assert request.result() == decode(made, [prompt], search, limits=[limit], ends=END)[0]
 
 
 # --- texts that begin alike ---
@@ -197,7 +198,7 @@ def test_what_is_known_is_not_read_again(name: str, monkeypatch: pytest.MonkeyPa
         count.take()
         found = engine.add(prompt, Greedy(), limit=limit).result()
         fed = count.take()
-        assert found == decode(made, [prompt], Greedy(), limits=[limit], end=None)[0]
+        assert found == decode(made, [prompt], Greedy(), limits=[limit], ends=None)[0]
         count.take()
         return fed
 
@@ -302,8 +303,9 @@ def test_what_could_never_be_served_is_refused_at_once() -> None:
         learned.add([1], Greedy(), limit=1, memory=memory)
     with pytest.raises(QkvError, match="needs memory=model.encode"):
         Batcher(model("bart-base")).add([1], Greedy(), limit=1)
-    with pytest.raises(QkvError, match="the memory of one text, not of 2"):
-        Batcher(model("bart-base")).add([1], Greedy(), limit=1, memory={"memory": torch.zeros(2, 3, 16)})
+    for shape in ((2, 3, 16), (1, 3, 20), (3, 16)):
+        with pytest.raises(QkvError, match=r"the memory of one text, \(1, tokens, 16\), not "):
+            Batcher(model("bart-base")).add([1], Greedy(), limit=1, memory={"memory": torch.zeros(shape)})
     assert not learned.pending
 
 
@@ -319,7 +321,31 @@ def test_a_request_that_fails_fails_alone() -> None:
         list(bad)
     with pytest.raises(QkvError, match="is to be forced"):
         bad.result()
-    assert well.result() == decode(made, [ids(5)], Greedy(), limits=[8], end=None)[0]
+    assert well.result() == decode(made, [ids(5)], Greedy(), limits=[8], ends=None)[0]
+
+
+def test_a_request_that_cannot_begin_fails_alone_and_its_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model("mixer attention")
+    engine = Batcher(made)
+    begin = made.new_state
+    monkeypatch.setattr(made, "new_state", lambda batch, room: begin(batch, room) if room != 7 else 1 / 0)
+    first, bad, last = (engine.add(ids(4, n), Greedy(), limit=limit) for n, limit in enumerate((9, 4, 6)))
+    served = threading.Thread(target=engine.run)
+    served.start()
+    with pytest.raises(QkvError, match="ZeroDivisionError"):
+        bad.result()
+    for n, request, limit in ((0, first, 9), (2, last, 6)):
+        assert request.result() == decode(made, [ids(4, n)], Greedy(), limits=[limit], ends=None)[0]
+    monkeypatch.setattr(made, "hidden", lambda *_, **__: 1 / 0)
+    with pytest.raises(QkvError, match="ZeroDivisionError"):
+        engine.add(ids(5), Greedy(), limit=3).result()
+    monkeypatch.undo()
+    well = engine.add(ids(5), Greedy(), limit=3)  # nobody steps it but the thread
+    while not well.done:
+        time.sleep(0.001)
+    engine.close()
+    served.join()
+    assert well.result() == decode(made, [ids(5)], Greedy(), limits=[3], ends=None)[0]
 
 
 def test_a_step_that_fails_leaves_an_engine_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +362,7 @@ def test_a_step_that_fails_leaves_an_engine_that_goes_on(monkeypatch: pytest.Mon
     for request in (running, reading):
         with pytest.raises(QkvError, match="the step of this request failed: ZeroDivisionError"):
             request.result()
-    assert waiting.result() == decode(made, [ids(4, 2)], Greedy(), limits=[3], end=None)[0]
+    assert waiting.result() == decode(made, [ids(4, 2)], Greedy(), limits=[3], ends=None)[0]
 
 
 def test_a_request_that_is_given_up_ends_and_leaves_its_room() -> None:
@@ -403,4 +429,4 @@ def test_those_that_wait_step_in_turn() -> None:
     for thread in clients:
         thread.join(60)
     for n in range(6):
-        assert found[n] == decode(made, [ids(n + 1, n)], Greedy(), limits=[4 + n], end=None)[0][0].ids
+        assert found[n] == decode(made, [ids(n + 1, n)], Greedy(), limits=[4 + n], ends=None)[0][0].ids

@@ -135,7 +135,7 @@ def test_rules_are_values() -> None:
     assert load(dump(search)) == search and len({*search.rules}) == 8
     assert load({"kind": "greedy", "rules": [{"kind": "no-repeat", "size": 3}]}) == Greedy(rules=(NoRepeat(3),))
     for mistake, words in (
-        (lambda: RepetitionPenalty(0.0), "above 0"), (lambda: RepetitionPenalty(float("nan")), "above 0"),
+        (lambda: RepetitionPenalty(0.0), "above 0"), (lambda: RepetitionPenalty(float("nan")), "found nan"),
         (lambda: NoRepeat(-1), "found -1"), (lambda: Ban([[1], []]), "leave the empty one out"),
         (lambda: AtLeast(-1), "not -1"), (lambda: ForceFirst(-1), "not -1"), (lambda: ForceLast(-2), "not -2"),
     ):  # fmt: skip
@@ -186,7 +186,7 @@ def ours(model: Module, ids: torch.Tensor, ends: list[int], search: Search) -> t
     if isinstance(model, EncoderDecoderModel):
         with torch.no_grad():
             prompts, memory = [[1]] * len(ids), model.encode(ids)
-    found = [best[0] for best in decode(model, prompts, search, limits=[NEW] * len(ids), end=ends, memory=memory)]
+    found = [best[0] for best in decode(model, prompts, search, limits=[NEW] * len(ids), ends=ends, memory=memory)]
     return [one.ids for one in found], [one.score for one in found]
 
 
@@ -266,9 +266,9 @@ LIMITS = [4, 7, 9, 6]
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_a_row_heeds_its_own_past(search: Search, rules: tuple[Rule, ...], models: Any) -> None:
     model, how = models["gpt2"][1], type(search)(**{**dict(search.children()), "rules": rules})
-    together = decode(model, PROMPTS, how, limits=LIMITS, end=44)
+    together = decode(model, PROMPTS, how, limits=LIMITS, ends=44)
     for n, (prompt, limit) in enumerate(zip(PROMPTS, LIMITS, strict=True)):
-        alone = decode(model, [prompt], how, limits=[limit], end=44, seeds=[n])[0]
+        alone = decode(model, [prompt], how, limits=[limit], ends=44, seeds=[n])[0]
         assert [(h.ids, h.ended) for h in together[n]] == [(h.ids, h.ended) for h in alone]
         assert [h.score for h in together[n]] == pytest.approx([h.score for h in alone], abs=1e-3)
         if not isinstance(how, Beam):
@@ -279,7 +279,7 @@ def test_log_p_of_a_single_path_is_the_models_own(models: Any) -> None:
     model, ids = models["gpt2"][1], [5, 6, 7]
     for rules in ALL:
         for how in (Greedy(rules=rules), Sample(seed=1, rules=rules)):
-            [[found]] = decode(model, [ids], how, limits=[5], end=None)
+            [[found]] = decode(model, [ids], how, limits=[5], ends=None)
             with torch.no_grad():
                 log_p = model(torch.tensor([ids + found.ids]))[0, len(ids) - 1 : -1].log_softmax(-1)
             assert found.log_p == pytest.approx(float(log_p[range(5), found.ids].sum()), abs=1e-3)
@@ -289,12 +289,12 @@ def test_a_text_to_which_the_rules_leave_nothing_stops_there() -> None:
     model = rough(decoder())
     vocabulary = len(model.wiring.embed.table)
     for how in (Greedy(rules=(NoRepeat(1),)), Sample(rules=(NoRepeat(1),)), Beam(3, rules=(NoRepeat(1),))):
-        short, long = decode(model, [[0], [1, 2]], how, limits=[3, 30], end=None)
+        short, long = decode(model, [[0], [1, 2]], how, limits=[3, 30], ends=None)
         assert len(short[0].ids) == 3
         assert sorted([1, 2, *long[0].ids]) == list(range(vocabulary)) and not long[0].ended
         if not isinstance(how, Beam):
             assert sorted(stream(model, [3], how, limit=30)) == [n for n in range(vocabulary) if n != 3]
     tokens = list(range(vocabulary))
     for how in (Greedy(rules=(Suppress(tokens),)), Beam(2, rules=(Suppress(tokens),))):
-        [[found]] = decode(model, [[1]], how, limits=[5], end=None)
+        [[found]] = decode(model, [[1]], how, limits=[5], ends=None)
         assert (found.ids, found.log_p, found.ended) == ([], 0.0, False)

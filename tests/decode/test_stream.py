@@ -50,10 +50,10 @@ class Counting:
 def test_a_stream_is_a_search_of_one_row(kind, search):
     model = rough(decoders()[kind])
     for seed, prompt in enumerate((ids(1), ids(9, 1))):
-        whole = decode(model, [prompt], search, limits=[20], end=None, seeds=[seed])[0][0].ids
+        whole = decode(model, [prompt], search, limits=[20], ends=None, seeds=[seed])[0][0].ids
         assert list(stream(model, prompt, search, limit=20, seed=seed)) == whole
         ends = {whole[7], whole[11]}
-        short = decode(model, [prompt], search, limits=[20], end=ends, seeds=[seed])[0][0]
+        short = decode(model, [prompt], search, limits=[20], ends=ends, seeds=[seed])[0][0]
         assert short.ended and len(short.ids) <= 7
         assert list(stream(model, prompt, search, limit=20, ends=ends, seed=seed)) == short.ids
 
@@ -153,19 +153,23 @@ def test_all_positions_can_be_used():
     assert list(stream(model, ids(30), Greedy(), limit=0)) == []
 
 
-def test_a_step_that_fails_leaves_a_session_that_goes_on():
-    model = rough(decoders()["mixer attention"])
+@pytest.mark.parametrize("name", ["mixer attention", "mixer mamba", "mixer linear-attention", "window and sinks"])
+def test_a_step_that_is_broken_off_leaves_a_session_that_goes_on(name):
+    model = rough(decoders()[name])
     session, base = Session(model, ROOM), ids(12)
     session.feed(base)
-    inner = model.stack.forward
+    last = model.stack.get_submodule("2")
+    inner = last.forward
 
-    def broken(*_: object) -> torch.Tensor:
+    def broken(*_: object) -> torch.Tensor:  # when the other layers have read on
         raise KeyboardInterrupt
 
-    model.stack.forward = broken
-    with pytest.raises(KeyboardInterrupt):
-        session.feed([*base[:5], 1, 2])
-    model.stack.forward = inner
+    for text in ([*base, 3, 4], [*base[:5], 1, 2]):
+        last.forward = broken
+        with pytest.raises(KeyboardInterrupt):
+            session.feed(text)
+        last.forward = inner
+        assert float((session.feed(text).x[0] - fresh(model, text)).abs().max()) < 1e-5
     for text in (base, [*base[:5], 1, 2]):
         assert float((session.feed(text).x[0] - fresh(model, text)).abs().max()) < 1e-5
 

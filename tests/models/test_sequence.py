@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from qkv.context import Tap
+from qkv.decode import Greedy, decode, stream
 from qkv.errors import QkvError
-from qkv.masks import Full, Same
+from qkv.masks import Full, Same, Window
 from qkv.models import Module
 from qkv.parts import Attention, BatchNorm, Head, Learned
 from qkv.spec import edit
@@ -181,3 +182,38 @@ def test_device_and_count():
     model = rough(SPEC)
     assert model.device == torch.device("cpu") and model.to("meta").device == torch.device("meta")
     assert model.count() == sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def test_ids_and_lengths_are_checked():
+    model = rough(SPEC)
+    for wrong in (VOCAB, -1):
+        with pytest.raises(QkvError, match=f"ids lie between 0 and {VOCAB - 1}; found .*{wrong}"):
+            model(torch.tensor([[1, wrong]]))
+    assert model(IDS[:, :0]).shape == (3, 0, VOCAB)
+    for lengths in ([-1, 1, 1], [1, 1, T + 1]):
+        with pytest.raises(QkvError, match="lengths are how many"):
+            model(IDS, lengths=torch.tensor(lengths))
+
+
+def test_evaluation_leaves_each_part_as_it_was():
+    model = rough(SPEC).train()
+    model.embed.eval()
+    before = [module.training for module in model.modules()]
+    with model.evaluating():
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+    decode(model, [[1], [2, 3]], Greedy(), limits=[2, 2], ends=None)
+    list(stream(model, [1], Greedy(), limit=2))
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("mask", [Full(), Window(3)])
+def test_a_cache_takes_what_autocast_makes(mask):
+    model = rough(edit(SPEC, "**.attn.f.mask", mask)).float()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        state, lengths = model.new_state(3, T + 1), torch.tensor([T, 2, 4])
+        model(IDS, state=state, lengths=lengths)
+        step = model(IDS[:, :1], state=state)
+        for row, length in enumerate(lengths.tolist()):
+            alone = model(torch.cat((IDS[row : row + 1, :length], IDS[row : row + 1, :1]), 1))[0, -1]
+            assert float((step[row, 0] - alone).abs().max()) < 0.05 * float(alone.abs().max())

@@ -194,7 +194,7 @@ def test_all_pages_are_free_when_states_die(name: str) -> None:
     gc.collect()
     assert [held(pages) for pages in every] == [0] * len(every)
     decode(
-        model, [[1, 2, 3], [4]], Beam(4), limits=[70, 30], end=None, memory=model.encode(ids[:2, :5]) if pair else None
+        model, [[1, 2, 3], [4]], Beam(4), limits=[70, 30], ends=None, memory=model.encode(ids[:2, :5]) if pair else None
     )
     gc.collect()
     assert [held(pages) for pages in every] == [0] * len(every)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -347,7 +348,7 @@ def test_searches_find_the_same(name: str, how: Any) -> None:
         memory: Any = None
         if isinstance(EVERY[name], EncoderDecoder):
             memory = one.encode(random(3, 9), lengths=torch.tensor([9, 4, 1]))
-        found.append(decode(one, prompts, how, limits=[20, 9, 14], end=0, memory=memory))
+        found.append(decode(one, prompts, how, limits=[20, 9, 14], ends=0, memory=memory))
     for ours, expected in zip(*found, strict=True):
         assert [one.ids for one in ours] == [one.ids for one in expected]
         assert ours[0].log_p == pytest.approx(expected[0].log_p, rel=1e-4)
@@ -355,7 +356,7 @@ def test_searches_find_the_same(name: str, how: Any) -> None:
 
 def test_states_live_in_and_out_of_inference_mode(ids: Tensor) -> None:
     model = fast(rough(EVERY["smollm2-135m"]).float())
-    decode(model, [[1, 2], [3]], Beam(4), limits=[9, 9], end=None)
+    decode(model, [[1, 2], [3]], Beam(4), limits=[9, 9], ends=None)
     with torch.no_grad():
         state = model.new_state(3, 20)
         model(ids[:, :5], state=state)
@@ -496,7 +497,7 @@ def test_rows_that_do_not_fit_are_refused(ids: Tensor) -> None:
         lambda: model.new_state(3, 20, **one),
         lambda: model(ids, **one),
         lambda: model(ids[:1], memory=one["memory"][..., 1:]),
-        lambda: decode(model, [[1]] * 3, Greedy(), limits=[5] * 3, end=None, memory=one),
+        lambda: decode(model, [[1]] * 3, Greedy(), limits=[5] * 3, ends=None, memory=one),
     ):
         with pytest.raises(QkvError, match="the memory of . rows has the shape"):
             refused()
@@ -539,3 +540,28 @@ def test_experts_in_blocks():
     assert fast(model, 2).programs
     error = (model.hidden(ids) - expected).abs().max() / expected.abs().max()
     assert 0 < error < 0.02  # of activations in 8 bits
+
+
+def test_threads_may_make_room_while_others_run() -> None:
+    """The tables of positions grow for one thread while another runs with those of before."""
+    model = rough(decoders()["smollm2-135m"]).float()
+    ids = torch.randint(VOCAB, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = fast(model, 1).hidden(ids)
+    stop = threading.Event()
+
+    def grow() -> None:
+        room = 1000
+        while not stop.is_set():
+            model.new_state(1, room := 2 * room if room < 1 << 17 else 1000)
+            for program in model.programs.values():
+                program.reached = 256  # so that it happens more than once
+
+    other = threading.Thread(target=grow)
+    other.start()
+    try:
+        with torch.inference_mode():
+            assert all(torch.equal(model.hidden(ids), wanted) for _ in range(200))
+    finally:
+        stop.set()
+        other.join()

@@ -70,7 +70,8 @@ def test_dropout_acts_on_what_is_added_and_in_training_only():
     "options", [{"dropout": 1.0}, {"dropout": -0.1}, {"survival": 0.0}, {"survival": 1.1}], ids=str
 )
 def test_chances_are_chances(options):
-    with pytest.raises(QkvError, match=r"dropout lies in \[0, 1\) and survival in \(0, 1\]"):
+    (name,) = options
+    with pytest.raises(QkvError, match=rf"the {name} of (a )?branch lies in [\[(]0, 1[\])]"):
         Branch(F, **options)
 
 

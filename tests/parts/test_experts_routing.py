@@ -1,6 +1,7 @@
 """Routers against the definitions and the transformers package; what is dropped, shared, and learned without a loss."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import DeepseekV3Config, SwitchTransformersConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from qkv.context import Tap
+from qkv.context import Context, Tap
 from qkv.errors import QkvError
 from qkv.parts import BiasedTopK, Experts, FeedForward, Gated, NoisyTopK, PlainExperts, Router, TopK
 from qkv.parts.activation import activation
@@ -292,3 +293,35 @@ def test_there_must_be_as_many_experts_as_are_chosen(router: Router):
 def test_what_cannot_be_is_refused(make, words):
     with pytest.raises(QkvError, match=words):
         make()
+
+
+@pytest.mark.parametrize("router", [TopK(2), NoisyTopK(2), BiasedTopK(2)], ids=str)
+def test_autocast_sends_no_token_elsewhere(router: Router):
+    """A product in bf16 would send one token in a hundred to other experts."""
+    torch.manual_seed(0)
+    body = Experts(HIDDEN, count=64, router=router).build(512)
+    normal(body.router)
+    x, context = torch.randn(4, 500, 512, generator=seeded(2)), Context(torch.arange(500)[None])
+    wanted = body.eval().router(x, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = body.router(x, context)
+    assert torch.equal(found.experts, wanted.experts) and torch.equal(found.gates, wanted.gates)
+
+
+def test_loads_are_counted_beyond_what_bf16_can_count():
+    router = BiasedTopK(1).build(C, E).to(torch.bfloat16)
+    router.train()(torch.ones(1, 4000, C, dtype=torch.bfloat16), Context(torch.arange(4000)[None]))
+    assert router.load.sum() == router.load.max() == 4000
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_a_router_is_pickled(score):
+    router = BiasedTopK(2, score=score).build(C, E)
+    again, x = pickle.loads(pickle.dumps(router)), torch.randn(1, T, C)
+    assert torch.equal(again(x, Context(torch.arange(T)[None])).gates, router(x, Context(torch.arange(T)[None])).gates)
+
+
+def test_a_compiler_may_run_it():
+    body, x = wild(Experts(16, count=4).build(16)).float(), torch.randn(2, 8, 16)
+    compiled = torch.compile(lambda x: run(body, x), backend="eager")
+    torch.testing.assert_close(compiled(x), run(body, x))

@@ -350,7 +350,7 @@ def test_every_scaling_is_tested_here_and_survives_a_file():
         (lambda: Rotary(theta=1.0), "theta, .* lies above 1, not at 1.0"),
         (lambda: Rotary(theta=math.inf), "lies above 1"),
         (lambda: LinearScaling(0.0), "the factor of linear-scaling is a number above 0, not 0.0"),
-        (lambda: LinearScaling(math.nan), "not nan"),
+        (lambda: LinearScaling(math.nan), "expected a number, found nan"),
         (lambda: NTKScaling(2.0, trained=0), "the trained of ntk-scaling"),
         (lambda: BandScaling(8.0, low=4.0, high=4.0, trained=8), "low below high, not 4.0 and 4.0"),
         (lambda: YaRN(4.0, trained=8, fast=1.0, slow=2.0), "slow no larger than fast, not 2.0 and 1.0"),

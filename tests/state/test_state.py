@@ -231,3 +231,16 @@ def test_a_recurrence_comes_back_to_its_mark():
     assert torch.equal(cell.tensors()["h"], tensor(3, 4)) and torch.equal(cell.tensors()["z"], tensor(3))
     cell.select(torch.tensor([2, 2]))
     assert torch.equal(cell.now["h"], tensor(3, 4)[[2, 2]]) and torch.equal(mark["h"], tensor(3, 4))
+
+
+def test_a_mark_is_of_the_rows_that_stood_there() -> None:
+    held = state()
+    beginning = held.mark()
+    held.advance(3)
+    mark, same = held.mark(), held.fork()
+    assert same.rewind(mark, 0) == 0 and same.lengths.tolist() == [3, 3, 3]
+    assert held.select(torch.tensor([2, 0, 1])).rewind(beginning, 0) == 0  # where all rows are alike
+    joined = same.fork().join(state())
+    for other, old in ((held, mark), (same.fork(torch.tensor([0, 1, 2])), mark), (joined, mark), (joined, beginning)):
+        with pytest.raises(QkvError, match="other rows stand in this state than when it was marked"):
+            other.rewind(old, 0)

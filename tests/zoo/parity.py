@@ -130,6 +130,6 @@ def check_search(
                 prompts, found = [[begin]] * rows, found[:, 1:]
                 with torch.no_grad():
                     memory = ours.encode(some)
-            mine = decode(ours, prompts, search, limits=[12] * rows, end=END, memory=memory)
+            mine = decode(ours, prompts, search, limits=[12] * rows, ends=END, memory=memory)
             wanted = [row[: row.index(END)] if END in row else row for row in found.tolist()]
             assert [best[0].ids for best in mine] == wanted, (rows, size)

@@ -31,7 +31,7 @@ def test_it_learns(tmp_path):
 def test_it_decodes_with_a_cache_as_without(search: Search):
     model, source = rough(pairs()["rnn-search-tiny"]), torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
     memory = model.encode(source, lengths=torch.tensor([5, 3]))
-    for row, found in enumerate(decode(model, [[1], [1]], search, limits=[6, 6], end=2, memory=memory)):
+    for row, found in enumerate(decode(model, [[1], [1]], search, limits=[6, 6], ends=2, memory=memory)):
         alone = model.encode(source[row : row + 1, : (5, 3)[row]])
         for one in found:
             ids = torch.tensor([[1, *one.ids, *([2] if one.ended else [])]])

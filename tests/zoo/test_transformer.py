@@ -115,7 +115,7 @@ def test_searches_find_what_those_of_transformers_find(copyists, beams: int, row
     )  # fmt: skip
     ids = theirs.generate(source, attention_mask=source != PAD, generation_config=settings)[:, 1:].tolist()
     search, memory = Beam(beams) if beams > 1 else Greedy(), ours.encode(source, lengths=lengths)
-    found = decode(ours, [[BEGIN]] * rows, search, limits=[20] * rows, end=END, memory=memory)
+    found = decode(ours, [[BEGIN]] * rows, search, limits=[20] * rows, ends=END, memory=memory)
     assert [best[0].ids for best in found] == [row[: row.index(END)] if END in row else row for row in ids]
 
 

@@ -4,6 +4,7 @@ import dataclasses as dc
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -133,8 +134,13 @@ def parts(line: str, number: int) -> tuple[str, str]:
 
 def piped() -> str:
     """What stands on standard input, without the end of its last line."""
+    return said(sys.stdin.read).removesuffix("\n")
+
+
+def said(read: Callable[[], str]) -> str:
+    """What is read from standard input."""
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return read()
     except UnicodeDecodeError as fault:
         raise QkvError(f"standard input is not UTF-8 (byte {fault.start + 1})") from None
 
@@ -146,8 +152,8 @@ NAMED = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".md")
 def lines(text: str) -> list[str]:
     """The texts that an argument names."""
     if text == "-":
-        said = piped()
-        return said.split("\n") if said else []
+        text = piped()
+        return text.split("\n") if text else []
     if not text:
         raise QkvError("the text is empty: give one, a file with one text a line, or -")
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkv.cli.engine import Torch, opened
-from qkv.cli.run import As_json, NoRepeat, RepetitionPenalty, lines, piped, ruled, ruling, sampled
+from qkv.cli.run import As_json, NoRepeat, RepetitionPenalty, lines, piped, ruled, ruling, said, sampled
 from qkv.errors import QkvError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def chat(
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
+        line = said(sys.stdin.readline).strip()
         if not line:
             return judged(proposer)
         show(talk.say(line, tokens=tokens))

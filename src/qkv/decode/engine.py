@@ -3,12 +3,13 @@
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from qkv.decode.request import Job, Request
-from qkv.decode.search import Search
+from qkv.decode.search import Search, several
 from qkv.decode.stream import shared
 from qkv.errors import QkvError
 from qkv.models import EncoderDecoderModel, Memory, Module
@@ -38,6 +39,7 @@ class Batcher:
         self.model, self.rows, self.chunk, self.memory = model.eval(), rows, chunk, memory
         one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         given = model.encode(one) if isinstance(model, EncoderDecoderModel) else None
+        self.width = 0 if given is None else given["memory"].shape[-1]
         self.empty = model.new_state(1, 1) if given is None else model.new_state(1, 1, **given)
         self.beginning = self.empty.mark()
         self.own = held([self.empty])
@@ -55,8 +57,8 @@ class Batcher:
     # --- for any thread ---
 
     def add(
-        self, ids: Sequence[int], search: Search, *, limit: int, ends: Collection[int] = (), seed: int = 0,
-        memory: Memory | None = None,
+        self, ids: Sequence[int], search: Search, *, limit: int, ends: int | Collection[int] | None = None,
+        seed: int = 0, memory: Memory | None = None,
     ) -> Request:  # fmt: skip
         """A text to be continued by up to `limit` tokens, arguments as for `decode` of one row.
 
@@ -69,8 +71,8 @@ class Batcher:
             raise QkvError(f"ids lie between 0 and {len(embed.table) - 1}; found {min(ids)} and {max(ids)}")
         if pairs != (memory is not None):
             raise QkvError("an encoder-decoder needs memory=model.encode(source)" if pairs else "this model reads none")
-        given = {} if memory is None else alone(memory)
-        job = Job(Request(self), list(ids), search, limit, ends, seed, given)
+        given = {} if memory is None else alone(memory, self.width)
+        job = Job(Request(self), list(ids), search, limit, several(ends), seed, given)
         asked = f"{len(ids)} tokens and {limit} new ones"
         if embed.room is not None and job.need > embed.room:
             raise QkvError(f"{asked} are too many for a model of {embed.room} positions: shorten the prompt or limit")
@@ -104,7 +106,8 @@ class Batcher:
             with self.news:
                 self.news.wait_for(lambda: self.closed or self.pending)
             if not self.closed:
-                self.step()
+                with suppress(Exception):  # of which each request in that step was told
+                    self.step()
 
     def close(self) -> None:
         """Give up all requests after the step that is being made, and take no more."""
@@ -133,7 +136,7 @@ class Batcher:
             self.read()
         except BaseException as error:  # what the cells hold now, nobody knows
             for job in (*self.reading, *self.running):
-                job.request.finish(error=QkvError(f"the step of this request failed: {error!r}"))
+                job.request.finish(error=failed(error))
             self.reading, self.running, self.state = [], [], None
             raise
         finally:
@@ -152,15 +155,17 @@ class Batcher:
         tokens = torch.cat([job.tokens for job in self.running]).to(self.model.device)
         scores = self.model.choices(self.model.hidden(tokens[:, None], state=self.state)[:, 0])
         scores.sums(1.0)  # of all rows together: every search asks for log p
-        at = 0
+        at, ended = 0, False
         for job, own in zip(self.running, scores.split([job.rows for job in self.running]), strict=True):
             job.read += 1
             job.choose(own)
             if job.request.hypotheses and job.follows:
+                ended = True
                 self.keep(job, self.state.fork(torch.tensor([at]), job.read))
             at += job.rows
         self.settle()
-        self.trim()
+        if ended:
+            self.trim()
         with self.news:
             self.news.notify_all()
 
@@ -206,7 +211,7 @@ class Batcher:
             found = self.model.choices(x[ready, lengths[ready] - 1])
             for n, scores in zip(ready, found.split([1] * len(ready)), strict=True):
                 self.begin(group[n], scores)
-        self.trim()
+            self.trim()
 
     def prompts(self) -> Iterator[Job]:
         """Those that are read, then those that wait as they are let in."""
@@ -238,7 +243,12 @@ class Batcher:
             self.kept[found] = self.kept.pop(found)  # the latest
             self.trim()
         else:
-            job.state = self.model.new_state(1, job.need, **job.given)
+            try:
+                job.state = self.model.new_state(1, job.need, **job.given)
+            except Exception as error:  # nothing of the others has been touched
+                self.reading.remove(job)
+                job.request.finish(error=failed(error))
+                return self.admit()
         return job
 
     def saved(self, old: Sequence[int], new: Sequence[int]) -> int:
@@ -303,11 +313,15 @@ def held(states: Iterable[State]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def alone(memory: Memory) -> dict[str, Tensor]:
+def failed(error: BaseException) -> QkvError:
+    return QkvError(f"the step of this request failed: {error!r}")
+
+
+def alone(memory: Memory, width: int) -> dict[str, Tensor]:
     """The memory of one text, without padding and with its length."""
     x, lengths = memory["memory"], memory.get("memory_lengths")
-    if len(x) != 1:
-        raise QkvError(f"a request reads the memory of one text, not of {len(x)}")
+    if x.dim() != 3 or len(x) != 1 or x.shape[2] != width:
+        raise QkvError(f"a request reads the memory of one text, (1, tokens, {width}), not {tuple(x.shape)}")
     size = x.shape[1] if lengths is None else int(lengths[0])
     return {"memory": x[:, :size], "memory_lengths": torch.tensor([size], device=x.device)}
 

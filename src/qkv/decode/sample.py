@@ -34,8 +34,8 @@ class Sample(OneByOne):
     seed: int = 0
 
     def check(self) -> None:
-        if not self.temperature > 0:
-            raise QkvError("the temperature is above 0; for the likeliest token take greedy")
+        if not self.temperature >= 1e-6:
+            raise QkvError("the temperature is at least 1e-6; for the likeliest token take greedy")
         if self.top_k is not None and self.top_k < 1:
             raise QkvError("top_k keeps at least 1 token")
         if not 0 < (1.0 if self.top_p is None else self.top_p) <= 1 or not 0 <= (self.min_p or 0.0) <= 1:

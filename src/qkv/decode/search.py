@@ -115,23 +115,26 @@ def decode(
     search: Search,
     *,
     limits: Sequence[int],
-    end: int | Collection[int] | None,
+    ends: int | Collection[int] | None,
     memory: Memory | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Continue each prompt: best hypotheses first. A row's result does not depend on the rows beside it.
 
-    `limits[b]` bounds the new tokens of row b; `end` is the id that ends a row, or several. An encoder-decoder reads
-    `memory=model.encode(source)`. `seeds` tell sampled rows apart; by default their numbers.
+    `limits[b]` bounds the new tokens of row b; `ends` is the id that ends a row, or several, or None. An
+    encoder-decoder reads `memory=model.encode(source)`. `seeds` tell sampled rows apart; by default their numbers.
     """
     if len(limits) != len(prompts) or min(limits, default=1) < 1:
         raise QkvError(f"{len(prompts)} prompts need as many limits of at least 1 token; found {list(limits)}")
-    training = model.training
-    model.eval()
-    try:
-        ends = () if end is None else (end,) if isinstance(end, int) else frozenset(end)
-        rows = Rows(model, prompts, memory, limits, search.rules, ends)
-        seeds = seeds if seeds is not None else range(len(prompts))
-        return rows.follow(search.run(rows.scores, rows.past, limits, ends, seeds))
-    finally:
-        model.train(training)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise QkvError(f"{len(prompts)} prompts need as many seeds; found {list(seeds)}")
+    over = several(ends)
+    with model.evaluating():
+        rows = Rows(model, prompts, memory, limits, search.rules, over)
+        return rows.follow(search.run(rows.scores, rows.past, limits, over, seeds))
+
+
+def several(ends: int | Collection[int] | None) -> Collection[int]:
+    """The ids that end a text."""
+    return () if ends is None else (ends,) if isinstance(ends, int) else frozenset(ends)

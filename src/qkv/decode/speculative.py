@@ -20,6 +20,7 @@ from torch import Tensor
 from qkv.decode.greedy import OneByOne
 from qkv.decode.rules import NEVER, Past
 from qkv.decode.sample import Sample
+from qkv.decode.search import several
 from qkv.decode.stream import Session
 from qkv.errors import QkvError
 from qkv.models import Memory, Module
@@ -177,7 +178,7 @@ class Draft(Proposer):
 
 def speculate(
     model: Module, prompt: Sequence[int], search: OneByOne, proposer: Proposer, *,
-    limit: int, ends: Collection[int] = (), seed: int = 0, session: Session | None = None,
+    limit: int, ends: int | Collection[int] | None = None, seed: int = 0, session: Session | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """As `stream`, several tokens a pass where the proposer is right.
 
@@ -187,20 +188,21 @@ def speculate(
     """
     proposer.fits(model)
     session, choice, room = session or Session(model), Choice(search, seed), len(prompt) + limit - 1
-    past = Past(search.rules, [prompt], [limit], ends, model.device)
-    model.eval()
+    last = several(ends)
+    past = Past(search.rules, [prompt], [limit], last, model.device)
     text = list(prompt)
     over = False
     while len(text) <= room and not over:
         proposals = proposer.propose(text, room, past, choice)
-        found = session.feed([*text, *(one.token for one in proposals)], room, trial=len(proposals))
+        with model.evaluating():
+            found = session.feed([*text, *(one.token for one in proposals)], room, trial=len(proposals))
         before, stood = len(text), 0
         for scores, proposal in zip(found.split([1] * len(found)), [*proposals, None], strict=True):
             scores = past.ruled(scores)
             token = choice.judge(scores, proposal)
             stands = proposal is not None and token == proposal.token
             stood += stands
-            over = token in ends or float(scores.x[0, token]) == NEVER
+            over = token in last or float(scores.x[0, token]) == NEVER
             if not over:
                 text.append(token)
                 past.feed(torch.tensor([token]))

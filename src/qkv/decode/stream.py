@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qkv.decode.greedy import OneByOne
 from qkv.decode.rules import NEVER, Past
+from qkv.decode.search import several
 from qkv.errors import QkvError
 from qkv.models import Memory, Module
 from qkv.ops.sample import Scores
@@ -65,8 +66,10 @@ class Session:
         if len(self.ids) + len(ids) > self.room:
             ids = [*self.ids, *ids]
             self.begin(len(ids))
+        room, self.room = self.room, 0  # a pass that is broken off leaves nothing to go on from
         x = self.model.hidden(torch.tensor([list(ids)], device=self.model.device), state=self.state)
         self.ids += ids
+        self.room = room
         return x[0]
 
     def mark(self) -> None:
@@ -93,19 +96,20 @@ def shared(old: Sequence[int], new: Sequence[int]) -> int:
 
 def stream(
     model: Module, prompt: Sequence[int], search: OneByOne, *,
-    limit: int, ends: Collection[int] = (), seed: int = 0, session: Session | None = None,
+    limit: int, ends: int | Collection[int] | None = None, seed: int = 0, session: Session | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """The ids that continue a prompt, one by one, to an end token (not given) or to `limit` of them."""
     session, choose, room = session or Session(model), search.chooser([seed]), len(prompt) + limit - 1
-    past = Past(search.rules, [prompt], [limit], ends, model.device)
-    model.eval()
+    over = several(ends)
+    past = Past(search.rules, [prompt], [limit], over, model.device)
     row, text, new = torch.zeros(1, dtype=torch.long), list[int](), list(prompt)
     for _ in range(limit):
-        # Only where another stream has used the session in between is the whole text looked at again.
-        scores = session.more(new) if session.ids is text else session.feed([*text, *new], room)
+        with model.evaluating():  # who takes the tokens may train it in between
+            # Only where another stream has used the session in between is the whole text looked at again.
+            scores = session.more(new) if session.ids is text else session.feed([*text, *new], room)
         scores, text = past.ruled(scores), session.ids
         token = int(choose(scores, row))
-        if token in ends or scores.x[0, token] == NEVER:
+        if token in over or scores.x[0, token] == NEVER:
             return
         yield token
         new = [token]

@@ -59,9 +59,9 @@ class Watched:
 
 def watch(task: Task, text: str, answer: Prediction | None, tap: Tap) -> Watched:
     """Run a model over a text, and over the answer that it gave, if it gave one."""
-    model, ids = task.model.eval(), task.encode(text)
+    model, ids = task.model, task.encode(text)
     source, inputs = task.source.pieces(ids), torch.tensor([ids], device=task.model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), model.evaluating():
         if isinstance(model, SequenceModel):
             model.hidden(inputs, tap=tap)
             return Watched(source, [], [])

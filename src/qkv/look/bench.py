@@ -224,7 +224,7 @@ def answering(model: EncoderDecoderModel, batch: int) -> Work:
         def call() -> object:
             assert isinstance(model, EncoderDecoderModel)
             memory = model.encode(source)
-            return decode(model, [[0]] * batch, Beam(PATHS), limits=[out] * batch, end=None, memory=memory)
+            return decode(model, [[0]] * batch, Beam(PATHS), limits=[out] * batch, ends=None, memory=memory)
 
         return call
 
@@ -357,7 +357,7 @@ def begin() -> None:
     ids = torch.tensor(texts(model, [SHORTEST]))
     with torch.inference_mode():
         if isinstance(model, EncoderDecoderModel):
-            decode(model, [[0]], Beam(PATHS), limits=[1], end=None, memory=model.encode(ids))
+            decode(model, [[0]], Beam(PATHS), limits=[1], ends=None, memory=model.encode(ids))
         else:
             x = model.hidden(ids)
             if isinstance(model.head, VocabularyHead):

@@ -1,6 +1,7 @@
 """What every model has, and the one pass through embedding, stack and norm."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -156,6 +157,18 @@ class Module(nn.Module):
         state.given = {name: value for name, value in given.items() if value.dim() < 3}  # all but the memories
         return state
 
+    @contextmanager
+    def evaluating(self) -> Iterator[Self]:
+        """A model that is trained is in evaluation mode meanwhile; then each part is in the mode that it was in."""
+        training = [module for module in self.modules() if module.training] if self.training else []
+        if training:
+            self.eval()
+        try:
+            yield self
+        finally:
+            for module in training:
+                module.training = True
+
     @property
     def positions(self) -> int | None:
         """The longest sequence that it can read; None where there is no bound."""
@@ -198,6 +211,8 @@ def run(
     if ids.dim() != 2:
         raise QkvError(f"ids have the shape (batch, tokens), not {tuple(ids.shape)}")
     order, T = None, ids.shape[1]
+    if lengths is not None and (lengths.shape != ids.shape[:1] or beyond(lengths, 0, T)):
+        raise QkvError(f"lengths are how many of the {T} ids of each of {len(ids)} rows are real; found {lengths}")
     if valid is not None:
         if lengths is not None or valid.shape != ids.shape:
             raise QkvError(f"give either valid, of the shape {tuple(ids.shape)} of the ids, or lengths")
@@ -205,8 +220,6 @@ def run(
         ids = take(ids, order)
     if embed.room is not None and (0 if state is None else state.most) + T > embed.room:
         raise QkvError(f"{T} tokens are too many: the model has {embed.room} positions; shorten the text")
-    if lengths is not None and (lengths.shape != ids.shape[:1] or (lengths.is_cpu and bool((lengths > T).any()))):
-        raise QkvError(f"lengths are how many of the {T} ids of each of {len(ids)} rows are real; found {lengths}")
     if state is not None:
         if len(ids) != len(state.lengths):
             raise QkvError(f"the state is of {len(state.lengths)} rows, and the ids are of {len(ids)}")
@@ -227,18 +240,29 @@ def run(
     return x if order is None or not unpack else take(x, order.argsort(1))
 
 
+def beyond(numbers: Tensor, least: int, most: int) -> bool:
+    """Whether one lies outside; asked where the answer is at hand, and no compiler would have to stop for it."""
+    if not numbers.is_cpu or torch.compiler.is_compiling() or not numbers.numel():
+        return False
+    return not least <= int(numbers.min()) <= int(numbers.max()) <= most
+
+
 def passed(
     ids: Tensor, wiring: Wiring, lengths: Tensor | None, order: Tensor | None, given: Mapping[str, Tensor],
     state: State | None, tap: Tap | None,
 ) -> Tensor:  # fmt: skip
     """The pass itself, by torch."""
     T, recording = ids.shape[1], Recording(tap, order) if tap is not None else None
+    if beyond(ids, 0, most := len(wiring.embed.table) - 1):
+        raise QkvError(f"ids lie between 0 and {most}; found {int(ids.min())} and {int(ids.max())}")
     positions = torch.arange(T, device=ids.device)[None] if state is None else state.positions(T)
     start = 0 if state is None else state.start
     context = Context(positions, wiring.mask, start, lengths, order, given, recording=recording, path=wiring.path)
     if state is not None:
         wiring.mask.refuse(context, T)
-    x = wiring.stack(wiring.embed(ids, context), context, state.cells if state is not None else None)
+    x = wiring.embed(ids, context)
+    if T:
+        x = wiring.stack(x, context, None if state is None else state.cells)
     if wiring.norm is not None:
         x = wiring.norm(x, context)
     if recording is not None:

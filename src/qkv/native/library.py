@@ -69,7 +69,7 @@ class Op(ct.Structure):
         + [(name, ct.c_int32) for name in ("behind", "ahead", "experts", "choices", "routes", "weighted", "normalise")]
         + [(name, ct.c_int32) for name in ("taps", "states", "steps", "keys", "gate", "gate_at")]
         + [(name, ct.c_int32) for name in ("memory", "table_rows", "rule", "feature", "shares", "writes")]
-        + [(name, ct.c_float) for name in ("eps", "scale", "softcap", "most", "least")]
+        + [(name, ct.c_float) for name in ("eps", "key_eps", "scale", "softcap", "most", "least")]
         + [("keys_at", ct.c_int64), ("values_at", ct.c_int64), ("state_at", ct.c_int64)]
         + [(name, ct.c_void_p) for name in POINTERS]
     )  # fmt: skip

@@ -188,7 +188,8 @@ def key_norms(build: Builder, body: Any) -> Fields:
     if body.q_norm is None:
         return {}
     q, k = norm_fields(build, body.q_norm), norm_fields(build, body.k_norm)
-    made = {"norm": q["norm"], "eps": q["eps"], "query_weight": q["norm_weight"], "key_weight": k["norm_weight"]}
+    made = {"norm": q["norm"], "eps": q["eps"], "key_eps": k["eps"]}
+    made |= {"query_weight": q["norm_weight"], "key_weight": k["norm_weight"]}
     return {**made, "query_bias": q["norm_bias"], "key_bias": k["norm_bias"]} if "norm_bias" in q else made
 
 

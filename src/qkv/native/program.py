@@ -1,5 +1,6 @@
 """Programs in the place of a model's torch passes."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,25 +31,32 @@ class Program:
     """Records whose tables reach as many positions as have been asked for."""
 
     def __init__(self, engine: Engine, build: Builder) -> None:
-        self.engine, self.build, self.reached = engine, build, 0
+        self.engine, self.build, self.reached = engine, build, -1
         self.records: Records | None = None
+        self.lock = threading.Lock()
 
     def reach(self, positions: int) -> None:
         """Make the tables for so many positions."""
-        if positions <= self.reached and self.records is not None:
+        if positions <= self.reached:
             return
-        self.reached = max(positions, min(2 * self.reached, 1 << 20), 256)
+        with self.lock:  # another thread may need more of them, and still runs the records of before
+            if positions > self.reached:
+                reached = max(positions, min(2 * self.reached, 1 << 20), 256)
+                self.records = self.recorded(reached)
+                self.reached = reached
+
+    def recorded(self, reached: int) -> Records:
         made: dict[Any, Tensor] = {}
 
         def value(one: Any) -> Any:
             if not callable(one):
                 return one
             if one not in made:
-                made[one] = one(self.reached)
+                made[one] = one(reached)
             return made[one]
 
-        ops = [{name: value(one) for name, one in op.items()} | {"table_rows": self.reached} for op in self.build.ops]
-        self.records = Records(ops, self.build.widths, self.build.wide_cache)
+        ops = [{name: value(one) for name, one in op.items()} | {"table_rows": reached} for op in self.build.ops]
+        return Records(ops, self.build.widths, self.build.wide_cache)
 
     def run(self, output: Tensor, **given: Any) -> None:
         """One call; arrays are int32 and as long as there are rows."""

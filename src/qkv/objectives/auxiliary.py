@@ -103,7 +103,7 @@ class Balance(Auxiliary):
     def value(self, layers: Sequence[Layer]) -> Tensor:
         if len({layer.count for layer in layers}) > 1:
             raise QkvError("balance pools layers that have equally many experts; take sequence-balance here")
-        tokens = torch.cat([layer.tokens for layer in layers]).sum()
+        tokens = torch.cat([layer.tokens for layer in layers]).sum().clamp_min(1)
         f = torch.cat([layer.sent() for layer in layers]).sum(0) / tokens
         P = torch.cat([layer.scored() for layer in layers]).sum(0) / tokens
         return layers[0].count * (f * P).sum()
@@ -124,7 +124,7 @@ class SequenceBalance(Auxiliary):
 
     def of(self, layer: Layer) -> Tensor:
         rows = layer.count * (layer.sent() * layer.scored()).sum(-1) / layer.tokens.clamp_min(1)
-        return rows.sum() / layer.tokens.sum()
+        return rows.sum() / layer.tokens.sum().clamp_min(1)
 
 
 @part("importance")
@@ -157,9 +157,10 @@ class RouterZ(Auxiliary):
     reads: ClassVar[str] = "router"
 
     def value(self, layers: Sequence[Layer]) -> Tensor:
-        return torch.stack([layer["router"][layer.real].logsumexp(-1).square().mean() for layer in layers]).mean()
+        z = [layer["router"][layer.real].logsumexp(-1).square() for layer in layers]
+        return torch.stack([one.sum() / max(len(one), 1) for one in z]).mean()
 
 
 def variation(x: Tensor) -> Tensor:
     """CV(x)², the variance over the square of the mean."""
-    return x.var(correction=0) / x.mean().square()
+    return x.var(correction=0) / x.mean().square().clamp_min(1e-20)  # of no tokens, 0

@@ -11,7 +11,7 @@ from qkv.errors import QkvError
 from qkv.ops.dropout import dropout
 from qkv.parts.mixers.body import Body, Mixer
 from qkv.parts.norm import Norm
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, share
 from qkv.state import Cell
 
 
@@ -58,8 +58,9 @@ class Branch(Spec):
     survival: float = 1.0
 
     def check(self) -> None:
-        if not 0 <= self.dropout < 1 or not 0 < self.survival <= 1:
-            raise QkvError("dropout lies in [0, 1) and survival in (0, 1]")
+        share(self, "dropout")
+        if not 0 < self.survival <= 1:
+            raise QkvError(f"the survival of a branch lies in (0, 1], not at {self.survival}")
 
     def build(self, width: int) -> "_Branch":
         return _Branch(self, width)

@@ -11,7 +11,7 @@ from qkv.ops.dropout import dropout
 from qkv.parts.linear import Linear
 from qkv.parts.norm import Norm
 from qkv.parts.position.absolute import PositionEmbedding
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, positive, share
 
 
 class Embedding(Spec):
@@ -39,8 +39,8 @@ class Tokens(Embedding):
     dropout: float = 0.0
 
     def check(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise QkvError(f"dropout lies in [0, 1), not at {self.dropout}")
+        positive(self, "vocab", "width", "segments")
+        share(self, "dropout")
 
     def build(self, width: int, other: "TokenEmbedding | None" = None) -> "TokenEmbedding":
         if self.vocab is None:
@@ -66,8 +66,8 @@ class TiedTokens(Embedding):
     dropout: float = 0.0
 
     def check(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise QkvError(f"dropout lies in [0, 1), not at {self.dropout}")
+        positive(self, "segments")
+        share(self, "dropout")
 
     def build(self, width: int, other: "TokenEmbedding | None" = None) -> "TokenEmbedding":
         if other is None or other.project is not None:

@@ -18,7 +18,7 @@ from qkv.ops.precision import wide
 from qkv.parts.activation import activation
 from qkv.parts.linear import Linear
 from qkv.parts.norm import Norm
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, positive, share
 
 
 class Output(Spec):
@@ -47,6 +47,9 @@ class Transform(Spec):
 
     def check(self) -> None:
         activation(self.act)
+        positive(self, "width")
+        if self.norm is not None and self.norm.over_batch:
+            raise QkvError("a transform cannot normalise over the batch, whose padding it does not know")
 
     def build(self, width: int) -> "_Transform":
         return _Transform(self, width)
@@ -79,6 +82,9 @@ class Head(Output):
     transform: Transform | None = None
     scale: float | None = None
     softcap: float | None = None
+
+    def check(self) -> None:
+        positive(self, "softcap")
 
     def build(self, width: int, table: Tensor) -> "VocabularyHead":
         vocab, inner = table.shape
@@ -163,6 +169,7 @@ class Pool(Spec):
     def check(self) -> None:
         if self.take not in POOLS:
             raise QkvError(f"a pool takes the {', '.join(POOLS)} of the tokens, not {self.take!r}")
+        share(self, "dropout")
 
     def build(self, width: int) -> "_Pool":
         return _Pool(self, width)
@@ -217,6 +224,9 @@ class Classifier(Labelled):
     bias: bool = True
     dropout: float = 0.0
 
+    def check(self) -> None:
+        share(self, "dropout")
+
     def build(self, width: int, table: Tensor) -> OutputModule:
         return _Classifier(self, width)
 
@@ -241,6 +251,9 @@ class Tagger(Labelled):
     bias: bool = True
     dropout: float = 0.0
 
+    def check(self) -> None:
+        share(self, "dropout")
+
     def build(self, width: int, table: Tensor) -> OutputModule:
         return _Tagger(self, width)
 
@@ -264,6 +277,9 @@ class Span(Output):
 
     transform: Transform | None = None
     dropout: float = 0.0
+
+    def check(self) -> None:
+        share(self, "dropout")
 
     def build(self, width: int, table: Tensor) -> OutputModule:
         return _Span(self, width)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.context import Context
+from qkv.errors import QkvError
 from qkv.ops.precision import wide
 from qkv.spec import Spec, part
 
@@ -91,10 +92,12 @@ class _BatchNorm(nn.BatchNorm1d):
         self.spec = spec
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        valid = context.valid() if context is not None else None
-        if valid is None or not self.training:
-            return super().forward(x.flatten(0, -2)).view_as(x)
-        return torch.zeros_like(x).masked_scatter(valid[..., None], super().forward(x[valid]))
+        valid = context.valid() if context is not None and self.training else None
+        real = x.flatten(0, -2) if valid is None else x[valid]
+        if self.training and len(real) < 2:
+            raise QkvError("a batch of fewer than 2 tokens has no variance to normalise by: give a larger one")
+        y = super().forward(real)
+        return y.view_as(x) if valid is None else torch.zeros_like(x).masked_scatter(valid[..., None], y)
 
 
 @part("dyt")

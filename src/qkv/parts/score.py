@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, positive
 
 
 class Score(Spec):
@@ -26,6 +26,9 @@ class ScaledDot(Score):
 
     scale: float | None = None
     softcap: float | None = None
+
+    def check(self) -> None:
+        positive(self, "softcap")
 
     def build(self, heads: int, head_width: int) -> Scoring:
         scoring = Scoring()

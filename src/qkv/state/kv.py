@@ -63,6 +63,7 @@ class KV:
 
     def write(self, k: Tensor, v: Tensor, context: Context, view: View) -> tuple[Tensor, Tensor]:
         """Add the keys and values of T tokens (B G T K and V) → all that can be seen."""
+        k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # under autocast they are narrower
         if view.slots is None:
             assert context.start is not None
             end = context.start + k.shape[2]

@@ -84,6 +84,7 @@ class Rolling(KV):
     def write(self, k: Tensor, v: Tensor, context: Context, view: View) -> tuple[Tensor, Tensor]:
         assert view.seen is not None and view.slots is not None and view.ends is not None
         T, S = k.shape[2], view.seen.shape[1]
+        k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # under autocast they are narrower
         if self.moments:
             self.remember(T)
         self.lengths = view.ends.expand(len(k))

@@ -44,6 +44,7 @@ class Mark:
     most: int
     lengths: Tensor
     cells: list[Any]
+    rows: object
 
 
 class State:
@@ -60,6 +61,8 @@ class State:
         """The program whose cells these are; None is torch."""
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.start: int | None = 0
+        self.rows = object()
+        """Another one when other rows stand here: what was marked before has no meaning for them."""
         self.most = 0
         """No row is longer than this: a bound that needs no look at `lengths`."""
 
@@ -84,7 +87,7 @@ class State:
 
     def select(self, rows: Tensor) -> Self:
         """Keep these rows, in this order; a row may be taken several times (beams)."""
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], object()
         self.given = {name: value[rows] for name, value in self.given.items()}
         for cell in self:
             cell.select(rows)
@@ -103,6 +106,7 @@ class State:
         made = State(cells, 0, room, self.lengths.device)
         made.owner, made.start, made.most, made.lengths = self.owner, self.start, self.most, self.lengths[chosen]
         made.given = {name: value[chosen] for name, value in self.given.items()}
+        made.rows = self.rows if rows is None else made.rows
         if made.start is None and len(made.lengths):
             made.most = int(made.lengths.max())
         return made
@@ -121,7 +125,7 @@ class State:
             raise QkvError("memories of unequal length are joined where their lengths were given: memory_lengths=…")
         for cell, behind in pairs:
             cell.join(behind)
-        self.lengths = torch.cat((self.lengths, other.lengths))
+        self.lengths, self.rows = torch.cat((self.lengths, other.lengths)), object()
         self.given = {name: torch.cat((value, other.given[name])) for name, value in self.given.items()}
         self.start = self.start if self.start == other.start else None
         self.most = max(self.most, other.most)
@@ -133,10 +137,15 @@ class State:
 
     def mark(self) -> Mark:
         """This moment, to come back to."""
-        return Mark(self.start, self.most, self.lengths, [cell.mark() for cell in self])
+        return Mark(self.start, self.most, self.lengths, [cell.mark() for cell in self], self.rows)
 
     def rewind(self, mark: Mark, keep: int) -> int:
-        """Go back to `keep` tokens after the mark, in every row → how many of those to feed again."""
+        """Go back to `keep` tokens after the mark, in every row → how many of those to feed again.
+
+        The beginning of one state, where nothing has been fed, is that of every state with as many rows.
+        """
+        if len(mark.lengths) != len(self.lengths) or (mark.start != 0 and mark.rows is not self.rows):
+            raise QkvError("other rows stand in this state than when it was marked: mark again after select or join")
         kept = keep
         while short := max((cell.rewind(at, kept) for cell, at in zip(self, mark.cells, strict=True)), default=0):
             kept -= short  # where one cell needs tokens again, all must go back as far

@@ -41,10 +41,8 @@ def evaluate(
 ) -> Scores:  # fmt: skip
     """Loss (nats per token) and perplexity over a data set, and the recipe's metric over its first `examples` texts."""
     began, model, objective = time.perf_counter(), task.model, recipe.objective
-    training = model.training
-    model.eval()
     total = tokens = 0.0
-    with torch.inference_mode():
+    with torch.inference_mode(), model.evaluating():
         for example in Examples(recipe, task.tokenizers, base).evaluation(files):
             total += float(objective.loss(model, example.to(model.device), smooth=False))
             tokens += example.tokens
@@ -57,7 +55,6 @@ def evaluate(
     if metric.reads_text:
         samples = predictions(task, recipe, files, base, search or recipe.evaluation.search, examples)
         values |= score(metric, samples)
-    model.train(training)
     if not all(map(math.isfinite, values.values())):
         raise QkvError(f"the evaluation of {files} gave {values}: the model is broken, lower the learning rate")
     return Scores(values, samples, time.perf_counter() - began)

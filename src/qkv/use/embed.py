@@ -21,7 +21,7 @@ def embed(task: Task, texts: Sequence[str], *, batch: int = 32, cut: bool = Fals
         raise QkvError("an encoder-decoder has no vector of a text; take an encoder, such as all-minilm-l6-v2")
     if batch < 1:
         raise QkvError(f"a batch holds at least 1 text, not {batch}")
-    model, own = task.model.eval(), task.model.head
+    model, own = task.model, task.model.head
     head: OutputModule = (
         own if own is not None and isinstance(own.spec, Vector) else Vector(Pool("mean")).build(0, torch.empty(0))
     )
@@ -33,7 +33,8 @@ def embed(task: Task, texts: Sequence[str], *, batch: int = 32, cut: bool = Fals
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
         padded, lengths = task.batch([ids[row] for row in rows])
-        x = model.hidden(padded, lengths=lengths)
-        valid = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        vectors.update(zip(rows, head(x, model.wiring.embed.table, valid).float().cpu(), strict=True))
+        with model.evaluating():
+            x = model.hidden(padded, lengths=lengths)
+            valid = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            vectors.update(zip(rows, head(x, model.wiring.embed.table, valid).float().cpu(), strict=True))
     return torch.stack([vectors[n] for n in range(len(ids))]) if ids else torch.empty(0, 0)

@@ -142,6 +142,8 @@ class Task:
 
         Texts of like length are batched together; a text's answer does not depend on the texts beside it.
         """
+        if batch < 1:
+            raise QkvError(f"a batch holds at least 1 text, not {batch}")
         if isinstance(self.model.head, VocabularyHead) and not (self.pairs or self.continues):
             return [[self.fill(text)] for text in texts]
         ids = [self.encode(text, number) for number, text in enumerate(texts, 1)]
@@ -178,8 +180,8 @@ class Task:
         model = self.model
         if isinstance(model, EncoderDecoderModel):
             source, lengths = self.batch(ids)
-            with torch.inference_mode():
-                memory = model.eval().encode(source, lengths=lengths)
+            with torch.inference_mode(), model.evaluating():
+                memory = model.encode(source, lengths=lengths)
             prompts = [self.begin] * len(ids)
             wanted = [2 * len(row) + 10 if self.source.trained else tokens for row in ids]
             limits = [self.fitting(one, len(self.begin)) for one in wanted]
@@ -187,17 +189,18 @@ class Task:
             memory, prompts = None, ids
             limits = [self.fitting(tokens, len(row)) for row in ids]
         how = self.heeding(search)
-        found = decode(model, prompts, how, limits=limits, end=self.target.ends, memory=memory, seeds=rows)
+        found = decode(model, prompts, how, limits=limits, ends=self.target.ends, memory=memory, seeds=rows)
         return [[Prediction(self.target.decode(h.ids), h.score, h.ids) for h in row] for row in found]
 
     @torch.inference_mode()
     def judged(self, ids: Sequence[Sequence[int]], **given: torch.Tensor) -> torch.Tensor:
         """What the head says of rows, in fp32; an encoder-decoder reads them on both sides, on the second one late."""
-        (padded, lengths), model = self.batch(ids), self.model.eval()
-        if isinstance(model, EncoderDecoderModel):
-            late = torch.cat((torch.full_like(padded[:, :1], self.begin[0]), padded[:, :-1]), 1)
-            return model(late, lengths=lengths, **model.encode(padded, lengths=lengths)).float()
-        return model(padded, lengths=lengths, **given).float()
+        (padded, lengths), model = self.batch(ids), self.model
+        with model.evaluating():
+            if isinstance(model, EncoderDecoderModel):
+                late = torch.cat((torch.full_like(padded[:, :1], self.begin[0]), padded[:, :-1]), 1)
+                return model(late, lengths=lengths, **model.encode(padded, lengths=lengths)).float()
+            return model(padded, lengths=lengths, **given).float()
 
     def classify(self, ids: list[list[int]]) -> list[list[Prediction]]:
         """The classes of each row, likeliest first, with log p as their score; one class alone scores a number."""
@@ -271,8 +274,8 @@ class Task:
         if not places:
             spelt = self.source.names["mask_token"]
             raise QkvError(f"there is no {spelt} to fill in {text!r}")
-        with torch.inference_mode():
-            x = self.model.eval().hidden(torch.tensor([ids], device=self.model.device))[0, places]
+        with torch.inference_mode(), self.model.evaluating():
+            x = self.model.hidden(torch.tensor([ids], device=self.model.device))[0, places]
             return ids, places, self.model.logits(x).float().log_softmax(-1)
 
 

@@ -31,7 +31,7 @@ void write_head(const Op& op, const Call& call, int row, int head, float* x) {
   const int heads = op.heads, groups = op.groups, width = op.head_width, position = call.positions[row];
   const bool query = head < heads, key = !query && head < heads + groups;
   if (query && op.query_weight) norm_row(op.norm, x, width, op.eps, op.query_weight, op.query_bias, x);
-  if (key && op.key_weight) norm_row(op.norm, x, width, op.eps, op.key_weight, op.key_bias, x);
+  if (key && op.key_weight) norm_row(op.norm, x, width, op.key_eps, op.key_weight, op.key_bias, x);
   if ((query || key) && op.turned)
     rotate(x, op.turned, op.cos + (int64_t)position * op.turned / 2, op.sin + (int64_t)position * op.turned / 2);
   if (query) {

@@ -364,12 +364,12 @@ class Engine {
 
   // residual + what each choice made
   void add(const Op& op, int row) {
-    const float *from = at(op.residual, row), *made = at(op.in, row);
+    const float *from = op.residual < 0 ? nullptr : at(op.residual, row), *made = at(op.in, row);
     float* to = at(op.out, row);
     vectors(op.inputs, [&](int i, int n) {
       F x = load(made + i, n);
       for (int c = 1; c < op.choices; c++) x += load(made + c * op.inputs + i, n);
-      store(to + i, load(from + i, n) + x, n);
+      store(to + i, from ? load(from + i, n) + x : x, n);
     });
   }
 

@@ -35,7 +35,7 @@ struct Op {
   Rule rule;
   Feature feature;
   int32_t shares, writes;              // decays of a head, 1 or `states`; the buffer that says how much is written
-  float eps, scale, softcap;
+  float eps, key_eps, scale, softcap;  // eps is a DyT's α too, of which queries and keys have one each
   float most, least;                   // that a token may replace; that an answer is divided by
   int64_t keys_at, values_at;          // bytes from the beginning of a page
   int64_t state_at;                    // bytes from the beginning of a text's state

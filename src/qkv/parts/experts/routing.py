@@ -1,6 +1,8 @@
 """Which experts read a token, and with what weights their outputs are added."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from qkv.context import Context
 from qkv.errors import QkvError
-from qkv.ops.precision import wide
+from qkv.ops.precision import as_given, wide
 from qkv.parts.linear import Linear
 from qkv.spec import Spec, nearest, part
 
@@ -44,6 +46,13 @@ class Router(Spec):
             raise QkvError(f"a token cannot go to {self.k} of {count} experts; give k between 1 and {count}")
 
 
+def product(linear: Linear, x: Tensor) -> Tensor:
+    """W x in fp32 (or as wide as W is) under autocast too: in bf16 one token in a hundred would go elsewhere."""
+    with as_given(x):
+        y: Tensor = linear(x.to(linear.weight.dtype))
+        return y.to(wide(y))
+
+
 @part("top-k")
 class TopK(Router):
     """p = softmax(W_r x) in fp32; the k experts of largest p, whose p are made to sum to 1 (Mixtral, Jiang 2024).
@@ -65,8 +74,8 @@ class _TopK(nn.Module):
         self.spec, self.score = spec, Linear(width, count, axes=("expert", "embed"))
 
     def forward(self, x: Tensor, context: Context) -> Routed:
-        logits = self.score(x)
-        p = logits.softmax(-1, dtype=wide(logits))
+        logits = product(self.score, x)
+        p = logits.softmax(-1)
         gates, experts = p.topk(self.spec.k, -1)
         if self.spec.normalise:
             gates = gates / gates.sum(-1, keepdim=True)
@@ -99,11 +108,9 @@ class _NoisyTopK(nn.Module):
         nn.init.zeros_(self.noise.weight)
 
     def forward(self, x: Tensor, context: Context) -> Routed:
-        clean = self.score(x)
-        clean = clean.to(wide(clean))
-        H = clean
+        H = clean = product(self.score, x)
         if self.training or context.wants("load"):
-            spread = F.softplus(self.noise(x).to(clean.dtype))
+            spread = F.softplus(product(self.noise, x))
             if self.training:  # from torch's own generator, as dropout: recomputation draws the same
                 H = clean + torch.randn_like(clean) * spread
             if context.wants("load"):
@@ -122,7 +129,7 @@ def chances(clean: Tensor, H: Tensor, spread: Tensor, k: int) -> Tensor:
     return torch.special.ndtr((clean - bar) / spread.clamp_min(1e-6))  # a smaller spread would give 0/0 and ∞ · 0
 
 
-SCORES = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
 
 
 @part("biased-top-k")
@@ -163,8 +170,8 @@ class _BiasedTopK(nn.Module):
         """Tokens that each expert got since the last step. It is empty whenever a checkpoint is written."""
 
     def forward(self, x: Tensor, context: Context) -> Routed:
-        logits = self.score(x)
-        s = self.shares(logits.to(wide(logits)))
+        logits = product(self.score, x)
+        s = self.shares(logits)
         experts = (s.detach() + self.bias).topk(self.spec.k, -1).indices
         gates = s.gather(-1, experts)
         if self.spec.normalise:
@@ -177,7 +184,7 @@ class _BiasedTopK(nn.Module):
     def count(self, experts: Tensor, valid: Tensor | None) -> None:
         """Add to the loads. Gradient checkpointing counts a token twice, but all alike: the comparison stays."""
         real = torch.ones_like(experts) if valid is None else valid[..., None].expand_as(experts)
-        before = torch.zeros_like(self.bias) if self.load is None else self.load
+        before = torch.zeros_like(self.bias, dtype=torch.float32) if self.load is None else self.load
         self.load = before.index_add(0, experts.flatten(), real.flatten().to(before.dtype))
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from qkv.parts.mixers.body import Body, Mixer
 from qkv.parts.norm import Norm
 from qkv.parts.position import Position
 from qkv.parts.score import ScaledDot, Score
-from qkv.spec import part
+from qkv.spec import part, share
 from qkv.state import KV, Cell, Cross, Rolling
 
 LONG = 4096 * 4096
@@ -47,8 +47,7 @@ class Attention(Mixer):
             raise QkvError(f"{self.kv_heads} key-value heads do not divide {self.heads} heads")
         if self.head_width is not None and self.head_width < 1:
             raise QkvError(f"a head_width of {self.head_width} holds nothing; give at least 1")
-        if not 0 <= self.dropout < 1:
-            raise QkvError(f"dropout lies in [0, 1), not at {self.dropout}")
+        share(self, "dropout")
         if isinstance(self.bias, str) and not set(self.bias) <= set("qkvo"):
             raise QkvError(f"bias names products by the letters q, k, v and o, not {self.bias!r}")
         if self.over is not None and (self.mask != Full() or self.position is not None):

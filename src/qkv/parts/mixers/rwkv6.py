@@ -92,7 +92,7 @@ class _Rwkv6(Shifting):
         r, w, k, v, gate = self.streams(x, before.all)
         first, H = past.first(), self.spec.heads
         w = self.decay_up(torch.tanh(self.decay_down(w)))
-        g = by_head(-(self.decay + w.to(wide(w))).exp(), H)
+        g = by_head(-(self.decay + w.to(wide(w))).clamp(max=80).exp(), H)  # e^80 forgets all, and has gradients
         r, k, v = by_head(self.r(r), H), by_head(self.k(k), H), by_head(self.v(v), H)
         if first is not None:
             g = g.masked_fill(first[:, None, :, None], -torch.inf)
