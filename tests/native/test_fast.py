@@ -542,26 +542,35 @@ def test_experts_in_blocks():
     assert 0 < error < 0.02  # of activations in 8 bits
 
 
-def test_threads_may_make_room_while_others_run() -> None:
-    """The tables of positions grow for one thread while another runs with those of before."""
+def test_a_thread_waits_for_tables_that_another_makes() -> None:
+    """Else it would run with the records of before, and read behind the end of their tables."""
     model = rough(decoders()["smollm2-135m"]).float()
     ids = torch.randint(VOCAB, (1, 300), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        wanted = fast(model, 1).hidden(ids)
-    stop = threading.Event()
+        wanted = model.hidden(ids)
+    (program,) = fast(model, 1).programs.values()
+    model.new_state(1, 1)
+    op, name = next((op, name) for op in program.build.ops for name, value in op.items() if callable(value))
+    begun, go, make, found = threading.Event(), threading.Event(), op[name], list[Tensor]()
 
-    def grow() -> None:
-        room = 1000
-        while not stop.is_set():
-            model.new_state(1, room := 2 * room if room < 1 << 17 else 1000)
-            for program in model.programs.values():
-                program.reached = 256  # so that it happens more than once
+    def slowly(positions: int) -> Tensor:
+        begun.set()
+        go.wait()
+        return make(positions)
 
-    other = threading.Thread(target=grow)
-    other.start()
-    try:
-        with torch.inference_mode():
-            assert all(torch.equal(model.hidden(ids), wanted) for _ in range(200))
-    finally:
-        stop.set()
-        other.join()
+    @torch.inference_mode()
+    def read() -> None:
+        found.append(model.hidden(ids))
+
+    op[name] = slowly
+    threads = threading.Thread(target=lambda: model.new_state(1, 1000)), threading.Thread(target=read)
+    threads[0].start()
+    begun.wait()
+    threads[1].start()
+    threads[1].join(0.2)
+    early = list(found)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert not early
+    torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-3)
