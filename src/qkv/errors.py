@@ -13,4 +13,4 @@ class SpecError(QkvError):
 
     def __init__(self, path: str, fault: str) -> None:
         super().__init__(f"{path}: {fault}" if path else fault)
-        self.path = path
+        self.path, self.fault = path, fault

@@ -63,6 +63,7 @@ class Spec:
 
 
 S = TypeVar("S", bound=Spec)
+V = TypeVar("V")
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -190,7 +191,7 @@ def _fit_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
 def _fit_part(value: Any, hint: type[Spec], path: str) -> Spec:
     if not isinstance(value, Mapping):
         meant = difflib.get_close_matches(value, kinds(hint), 1) if isinstance(value, str) else []
-        guess = f"; did you mean {meant[0]!r}?" if meant else ""
+        guess = f"; did you mean {{kind={meant[0]!r}}}?" if meant else ""
         raise SpecError(path, f"expected {_name(hint)}, found {_show(value)}{guess}")
     kind = value.get("kind", getattr(hint, "kind", None))
     if not isinstance(kind, str):
@@ -363,7 +364,7 @@ def matches(pattern: str, path: str) -> bool:
     return match(pattern.split("."), path.split("."))
 
 
-def edit(spec: S, pattern: str, change: Any) -> S:
+def edit(spec: V, pattern: str, change: Any) -> V:
     """Replace every value whose path matches; `change` is the new value (a part, plain data) or a function of the old.
 
     >>> edit(spec, "**.attn.f", lambda attention: Retention(heads=attention.heads))
@@ -383,7 +384,7 @@ def edit(spec: S, pattern: str, change: Any) -> S:
     edited = visit(spec, "")
     if not hits:
         raise SpecError("", f"no path of the spec matches {pattern!r}{nearest(pattern, (p for p, _ in walk(spec)))}")
-    return typing.cast(S, edited)
+    return typing.cast(V, edited)
 
 
 @dc.dataclass(frozen=True)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from qkv.data.batches import (
     Batch,
     Data,
+    EvaluationBatches,
     Tokenizers,
     TrainingBatches,
     by_length,
-    evaluation_batches,
     pad_rows,
     train_tokenizers,
 )
@@ -92,7 +92,7 @@ def test_every_example_once_in_each_epoch(tmp_path: Path, pool: int) -> None:
 def test_rows_are_framed_packed_left_and_padded_right(tmp_path: Path) -> None:
     data, tokenizers = setup(tmp_path, [("a b c", "x"), ("d", "y z w v")])
     assert tokenizers.joint
-    (batch,) = evaluation_batches(data, "train.tsv", tokenizers, 100, base=tmp_path)
+    (batch,) = EvaluationBatches(data, "train.tsv", tokenizers, 100, base=tmp_path)
     a, b, c, d, v, w, x, y, z = (tokenizers.source.encode(letter)[0] for letter in "abcdvwxyz")
     expected = {(a, b, c, 3): (2, x, 3, 0, 0, 0), (d, 3, 0, 0): (2, y, z, w, v, 3)}
     assert batch.source is not None and batch.source_lengths is not None
@@ -169,7 +169,7 @@ def test_pairs_that_are_too_long_are_skipped_and_counted(tmp_path: Path) -> None
         assert batches.skipped == len(rows) - len(kept) == 6
         everything = [
             pair
-            for batch in evaluation_batches(data, "train.tsv", tokenizers, 12, base=tmp_path)
+            for batch in EvaluationBatches(data, "train.tsv", tokenizers, 12, base=tmp_path)
             for pair in contents(batch, tokenizers)
         ]
         assert Counter(everything) == Counter(rows)
@@ -210,7 +210,7 @@ def test_evaluation_gives_all_in_an_order_that_can_be_undone(tmp_path: Path, poo
     rows = pairs(50)
     data, tokenizers = setup(tmp_path, rows, pool=pool, max_tokens=4)
     found: dict[int, tuple[str, str]] = {}
-    for batch in evaluation_batches(data, ("train.tsv",), tokenizers, 64, base=tmp_path):
+    for batch in EvaluationBatches(data, ("train.tsv",), tokenizers, 64, base=tmp_path):
         for index, pair in zip(batch.index.tolist(), contents(batch, tokenizers), strict=True):
             assert index not in found
             found[index] = pair
@@ -284,7 +284,7 @@ def test_a_plain_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
     data, tokenizers = text_data(tmp_path, ("0.txt", "1.txt"))
     tokenizer = tokenizers.target
-    found = stream(evaluation_batches(data, data.train, tokenizers, 16, base=tmp_path))
+    found = stream(EvaluationBatches(data, data.train, tokenizers, 16, base=tmp_path))
     expected = [[tokenizer.begin, *tokenizer.encode(text), tokenizer.end] for text in texts]
     assert found == expected[0] + expected[1]
     assert tokenizer.unknown not in found
@@ -295,7 +295,7 @@ def test_a_table_of_texts_is_a_document_each(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": r}) + "\n" for r in rows).encode()))
     data, tokenizers = text_data(tmp_path, "a.jsonl.gz")
     tokenizer = tokenizers.target
-    found = stream(evaluation_batches(data, "a.jsonl.gz", tokenizers, 16, base=tmp_path))
+    found = stream(EvaluationBatches(data, "a.jsonl.gz", tokenizers, 16, base=tmp_path))
     assert found == [i for row in rows for i in (tokenizer.begin, *tokenizer.encode(row), tokenizer.end)]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qkv.data import Character, Data, Symbols, evaluation_batches, records, train_tokenizers
+from qkv.data import Character, Data, EvaluationBatches, Symbols, records, train_tokenizers, training_records
 from qkv.data.batches import TrainingBatches
 from qkv.errors import QkvError
 from qkv.spec import dump, load
@@ -15,7 +15,8 @@ def lines(folder: Path, *texts: str) -> None:
 
 
 def values(data: Data, files: object, base: Path, start: int = 0) -> list[str]:
-    return [record.values[0] for record in records(data, files, base, start)]
+    part = training_records(data, base) if files == data.train else records(data, files, base)
+    return [record.values[0] for record in part(start)]
 
 
 def test_the_share_is_of_characters_and_stands_at_the_end(tmp_path):
@@ -31,6 +32,7 @@ def test_the_share_is_of_characters_and_stands_at_the_end(tmp_path):
             assert values(data, data.valid, tmp_path, start) == valid[start:]
     other = Data("a.txt", valid="a.txt", text="text")
     assert values(other, other.train, tmp_path) == values(other, other.valid, tmp_path) == train + valid
+    assert [record.values[0] for record in records(data, "a.txt", tmp_path)(0)] == train + valid  # a file is the file
 
 
 def test_tokenizers_and_batches_see_only_their_part(tmp_path):
@@ -44,7 +46,7 @@ def test_tokenizers_and_batches_see_only_their_part(tmp_path):
     while batches.epoch == 0:
         said.update(next(batches).target.flatten().tolist())
     assert tokenizer.unknown not in said
-    held = [batch.target for batch in evaluation_batches(data, data.valid, tokenizers, 32, base=tmp_path)]
+    held = [batch.target for batch in EvaluationBatches(data, data.valid, tokenizers, 32, base=tmp_path)]
     assert sum(int((ids == tokenizer.unknown).sum()) for ids in held) >= 20
     assert not any(bool((ids == tokenizer.encode("a")[0]).any()) for ids in held)
 
@@ -53,7 +55,8 @@ def test_pairs_are_held_out_too(tmp_path):
     rows = [(f"w{n}", f"x{n}") for n in range(20)]
     (tmp_path / "a.tsv").write_text("en\tde\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
     data = Data("a.tsv", valid=0.25, source="en", target="de", tokenizer=Symbols())
-    parts = [[record.values for record in records(data, files, tmp_path)] for files in (data.train, data.valid)]
+    both = training_records(data, tmp_path), records(data, 0.25, tmp_path)
+    parts = [[record.values for record in part(0)] for part in both]
     assert parts[0] + parts[1] == rows and len(parts[1]) in (4, 5)
 
 
@@ -63,6 +66,6 @@ def test_what_cannot_be_held_out_is_refused(tmp_path):
             Data("a.txt", valid=share, text="text")
     lines(tmp_path, "a single line")
     data = Data("a.txt", valid=0.1, text="text")
-    for files in (data.train, data.valid):
+    for part in (training_records(data, tmp_path), records(data, 0.1, tmp_path)):
         with pytest.raises(QkvError, match=r"a\.txt has 1 record, too few to hold 0\.1 of them out"):
-            list(records(data, files, tmp_path))
+            list(part(0))

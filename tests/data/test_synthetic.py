@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qkv.data import AssociativeRecall, Data, Symbols, TrainingBatches, evaluation_batches, read, train_tokenizers
+from qkv.data import AssociativeRecall, Data, EvaluationBatches, Symbols, TrainingBatches, read, train_tokenizers
 from qkv.data.synthetic import TOGETHER, chosen
 from qkv.errors import QkvError
 from qkv.spec import dump, load
@@ -55,7 +55,7 @@ def test_each_row_of_a_batch_is_one_example():
     tokenizers = train_tokenizers(data)
     tokenizer = tokenizers.target
     rows = []
-    for batch in evaluation_batches(data, TASK, tokenizers, 420):
+    for batch in EvaluationBatches(data, TASK, tokenizers, 420):
         for ids in batch.target.tolist():
             assert ids[0] == tokenizer.begin and ids[41] == tokenizer.end
             rows.append(tokenizer.decode(ids[1:41]))

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -226,3 +227,44 @@ def test_examples_that_are_left_out_are_counted(tmp_path, capsys):
     words = (tmp_path / "train.tsv").read_text().splitlines()[1:]
     left = sum(len(line.split("\t")[0]) + 1 > 6 for line in words)
     assert left and f"{left} training examples are longer than max_tokens = 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.valid=nosuch.tsv", "nosuch.tsv does not exist"),
+        ("evaluation.batch=0", "the batch of evaluation is a number above 0"),
+        ("evaluation.examples=0", "the examples of evaluation is a number above 0"),
+        ("optimizer.lr=nan", "expected a number, found nan"),
+        ("optimizer.schedule.floor=5", "the floor of cosine is a share"),
+    ],
+)
+def test_what_an_evaluation_would_stumble_over_is_found_before_training(tmp_path, setting, words):
+    with pytest.raises(QkvError, match=words):
+        small_run(tmp_path, setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_library_of_a_metric_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(QkvError, match="pip install"):
+        small_run(tmp_path)
+
+
+def test_a_log_goes_on_where_a_run_was_stopped(tmp_path):
+    whole = Trainer(small_run(tmp_path, "train.log_every=5", name="whole")).train().metrics()
+    stopped = Trainer(small_run(tmp_path, "train.log_every=5"))
+    learn, steps = stopped.learn, []
+
+    def until(examples):
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return learn(examples)
+
+    stopped.learn = until
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    again = Trainer(Run(tmp_path / "run")).train().metrics()
+    losses = [[(line["step"], line["loss"]) for line in lines if line["split"] == "train"] for lines in (whole, again)]
+    assert losses[0] == losses[1]

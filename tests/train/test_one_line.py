@@ -54,7 +54,7 @@ def test_only_what_it_needs():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("retentoin", r"Branch\.f: expected a table that describes a Mixer, found 'retentoin'"),
+        ("retentoin", r"^model\.stack\.\*\.attn\.f: expected a table that describes a Mixer, found 'retentoin'"),
         ("experts", r"the key 'hidden' is missing"),
         ("cosine", r"'cosine' is no Mixer"),
     ],

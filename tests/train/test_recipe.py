@@ -2,7 +2,8 @@
 
 import pytest
 
-from qkv.errors import QkvError
+from qkv.data import Word
+from qkv.errors import QkvError, SpecError
 from qkv.models import EncoderDecoder, Sequence
 from qkv.parts import RMSNorm
 from qkv.recipes import find, shipped
@@ -52,7 +53,7 @@ def test_a_preset_can_be_exchanged(tmp_path):
         (("steps = 12", 'steps = "12"'), r"r.toml.train.steps: expected a whole number, found '12'"),
         (("steps = 12", "steps = 0"), r"r.toml.train: steps, .* at least 1"),
         (("steps = 12\n", ""), r"r.toml.train: the key 'steps' is missing"),
-        (("lr = 5e-3", "lr = -1.0"), r"r.toml.optimizer: lr is above 0"),
+        (("lr = 5e-3", "lr = -1.0"), r"r.toml.optimizer: the lr of adamw is a number above 0, not -1.0"),
         (('"adamw"', '"adam"'), r"optimizer.kind: unknown kind 'adam'; did you mean 'adamw'"),
         (('"cosine"', '"cosin"'), r"optimizer.schedule.kind: unknown kind 'cosin'; did you mean 'cosine'"),
         (("[objective]", "[objetive]"), r"unknown key 'objetive'; did you mean 'objective'"),
@@ -160,3 +161,23 @@ def test_examples_longer_than_the_model_takes_are_refused_at_the_start(tmp_path)
 def recipe_of(folder, *settings):
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     return load_recipe(folder / "recipe.toml", settings)
+
+
+def test_changes_that_only_fit_together_are_made_together(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE)
+    both = ['data.target_tokenizer={kind="character"}', 'model.target={kind="tokens"}']
+    assert load_recipe(path, both) == load_recipe(path, both[::-1])
+    with pytest.raises(SpecError, match="set data.target_tokenizer and model.target together"):
+        load_recipe(path, both[:1])
+    assert load_recipe(find("write"), ["model.preset=bert-tiny", "objective=masked"]).objective.kind == "masked"
+
+
+def test_a_kind_may_be_set_by_itself_and_a_mistake_names_what_was_typed(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + RECIPE.encode())
+    assert load_recipe(path, ["data.tokenizer.kind=word"]).data.tokenizer == Word()
+    with pytest.raises(SpecError, match=r"^optimizer\.lr: expected a number, found 'fast'"):
+        load_recipe(path, ["optimizer.lr=fast"])
+    with pytest.raises(SpecError, match=r"^optimizer\.lr: the lr of adamw is a number above 0"):
+        load_recipe(path, ["optimizer.lr=-1.0"])

@@ -1,11 +1,13 @@
 """Run folders: made once, opened whole, refused when damaged."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from qkv.errors import QkvError
-from qkv.train import Run, Trainer
+from qkv.train import Run, Trainer, start
 from tests.train.small import recipe, small_run
 
 
@@ -90,7 +92,7 @@ def test_a_line_that_a_crash_cut_off_is_left_out(trained):
     with (trained / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 8, "spl')
     assert run.metrics() == lines
-    Trainer(run)
+    Trainer(run).train()
     assert run.metrics() == lines and (trained / "metrics.jsonl").read_text().endswith("}\n")
 
 
@@ -100,3 +102,46 @@ def test_resume_refuses_data_that_changed(trained, tmp_path):
     (tmp_path / "train.tsv").write_text("word\tback\na\tb\n", encoding="utf-8")
     with pytest.raises(QkvError, match="the training data has no batch"):
         Trainer(Run(trained))
+
+
+def test_what_stands_in_a_folder_is_left_alone(tmp_path):
+    made = recipe(tmp_path)
+    for name in ("tokenizer.json", "metrics.jsonl", "tensorboard"):
+        folder = tmp_path / name.split(".")[0]
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(QkvError, match=f"holds {name} of something else"):
+            start(made, folder, tmp_path)
+        assert [one.name for one in folder.iterdir()] == [name]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("mine")
+    start(made, tmp_path / "kept", tmp_path).discard()
+    assert [one.name for one in (tmp_path / "kept").iterdir()] == ["mine.txt"]
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        with pytest.raises(QkvError, match="cannot be made"):
+            start(made, tmp_path / out, tmp_path)
+
+
+def test_one_process_trains_a_run_at_a_time_and_tidies_up(trained):
+    left = trained / ".step-00000099.123.part"
+    left.mkdir()
+    hold = "import sys; from pathlib import Path; from qkv.train import Run\n"
+    hold += "with Run(Path(sys.argv[1])).claimed(): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold, trained], stdin=-1, stdout=-1, text=True)
+    try:
+        assert other.stdout.readline() == "held\n" and not left.exists()
+        before = (trained / "metrics.jsonl").read_bytes()
+        with pytest.raises(QkvError, match="another process trains"):
+            Trainer(Run(trained)).train()
+        assert (trained / "metrics.jsonl").read_bytes() == before
+    finally:
+        other.communicate("")
+    Trainer(Run(trained)).train()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_logs_nothing_twice(tmp_path):
+    run = small_run(tmp_path, "train.save_every=100")
+    run.log({"step": 2, "split": "train", "loss": 3.0})
+    Trainer(run).train()
+    steps = [line["step"] for line in run.metrics() if line["split"] == "train"]
+    assert steps == [2, 4, 6, 8, 10, 12]

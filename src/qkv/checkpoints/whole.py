@@ -64,6 +64,26 @@ def refuse_filled(folder: Path) -> None:
         raise QkvError(f"{folder} exists and is not an empty folder; name a new one")
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Whether no other process holds the folder, which is held until the block ends; where locks are unknown, yes."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield True
+        return
+    handle, free = os.open(folder, os.O_RDONLY), True
+    try:
+        with suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        yield free
+    finally:
+        os.close(handle)
+
+
 def write_bytes(path: Path, data: bytes) -> Path:
     """Write a file whole or not at all."""
     with whole_file(path) as part:

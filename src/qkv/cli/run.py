@@ -134,7 +134,7 @@ def parts(line: str, number: int) -> tuple[str, str]:
 
 def piped() -> str:
     """What stands on standard input, without the end of its last line."""
-    return said(sys.stdin.read).removesuffix("\n")
+    return said(sys.stdin.read).removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
 def said(read: Callable[[], str]) -> str:
@@ -160,7 +160,7 @@ def lines(text: str) -> list[str]:
         if Path(text).is_dir():
             raise QkvError(f"{text} is a directory; a text, a file with one text a line, or - is expected")
         if Path(text).is_file():
-            return Path(text).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            return Path(text).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as fault:
         raise QkvError(f"{text} is not UTF-8 (byte {fault.start + 1}); save it as UTF-8") from None
     except OSError:

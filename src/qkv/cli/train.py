@@ -40,7 +40,7 @@ def train(
     except Stopped as stopped:
         print(f"qkv: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
-    except Exception:
+    except BaseException:  # Ctrl-C too
         if resume is None and not run.begun:
             run.discard()
         raise

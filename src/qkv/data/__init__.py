@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from qkv.data.batches import (
         Batch,
         Data,
+        EvaluationBatches,
         Files,
         Tokenizers,
         TrainingBatches,
         by_length,
-        evaluation_batches,
         pad_rows,
         records,
         train_tokenizers,
+        training_records,
     )
     from qkv.data.chat import ChatTemplate
 
@@ -46,6 +47,7 @@ __all__ = [
     "ChatTemplate",
     "Data",
     "Encoded",
+    "EvaluationBatches",
     "Files",
     "Record",
     "Symbols",
@@ -59,7 +61,6 @@ __all__ = [
     "Word",
     "WordPiece",
     "by_length",
-    "evaluation_batches",
     "load_tokenizer",
     "pad_rows",
     "read",
@@ -68,6 +69,7 @@ __all__ = [
     "tokenizer_from_llama2c",
     "train_tokenizer",
     "train_tokenizers",
+    "training_records",
 ]
 
 _LATER = {"ChatTemplate": "qkv.data.chat"} | dict.fromkeys(
@@ -78,10 +80,11 @@ _LATER = {"ChatTemplate": "qkv.data.chat"} | dict.fromkeys(
         "Tokenizers",
         "TrainingBatches",
         "by_length",
-        "evaluation_batches",
+        "EvaluationBatches",
         "pad_rows",
         "records",
         "train_tokenizers",
+        "training_records",
     ),
     "qkv.data.batches",
 )

@@ -5,8 +5,9 @@ and the batches are shuffled. What a pool gives depends only on the seed, the ep
 in the data is three numbers. Where the whole file is one pool it is read once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -70,15 +71,27 @@ class Data(Spec):
         return self.max_tokens if self.text is None else self.context
 
 
-def records(data: Data, files: Files | float, base: Path = Path(), start: int = 0) -> Iterator[Record]:
-    """The records of `data.train`, without what is held out of it, of `data.valid`, or of any other files."""
-    if isinstance(data.valid, float) and files in (data.train, data.valid):
-        cut = held_from(data, base)
-        if files == data.train:
-            return islice(read(data.train, data.columns, start=start, base=base), max(0, cut - start))
-        return read(data.train, data.columns, start=cut + start, base=base)
-    assert not isinstance(files, float)
-    return read(files, data.columns, start=start, base=base)
+From: TypeAlias = Callable[[int], Iterator[Record]]
+"""Records from a number on; what is held out is looked for once, when the first are read."""
+
+
+def training_records(data: Data, base: Path = Path()) -> From:
+    """The records of `data.train`, without what is held out of it."""
+    cut = cache(lambda: held_from(data, base))
+
+    def start_at(start: int) -> Iterator[Record]:
+        found = read(data.train, data.columns, start=start, base=base)
+        return islice(found, max(0, cut() - start)) if isinstance(data.valid, float) else found
+
+    return start_at
+
+
+def records(data: Data, files: Files | float, base: Path = Path()) -> From:
+    """The records of files; those that are held out, where a share is given in their place."""
+    if not isinstance(files, float):
+        return lambda start: read(files, data.columns, start=start, base=base)
+    cut = cache(lambda: held_from(data, base))
+    return lambda start: read(data.train, data.columns, start=cut() + start, base=base)
 
 
 def held_from(data: Data, base: Path) -> int:
@@ -125,7 +138,9 @@ def train_tokenizers(data: Data, base: Path = Path()) -> Tokenizers:
     """Train what `data` describes on its training files; relative paths stand in `base`."""
 
     def trained() -> Iterator[Record]:
-        return records(data, data.train, base)
+        return begin(0)
+
+    begin = training_records(data, base)
 
     if data.text is not None:
         joint = train_tokenizer(data.tokenizer, (text_of(record) for record in trained()))
@@ -218,28 +233,39 @@ def _batch(pool: Pool, rows: np.ndarray, tokenizers: Tokenizers, first: int = 0)
     return Batch(source, source_lengths, target, target_lengths, torch.from_numpy(pool.index[rows] + first))
 
 
-def _reader(data: Data, files: Files | float, tokenizers: Tokenizers, base: Path, longest: int | None = None) -> Reader:
+def _reader(data: Data, records: From, tokenizers: Tokenizers, longest: int | None = None) -> Reader:
     def fill(cursor: Cursor) -> Pool:
         if data.text is not None:
             return text_pool(cursor, tokenizers.target, data.pool, data.context)
         return pair_pool(cursor, tokenizers.source, tokenizers.target, data.pool, longest)
 
-    return Reader(lambda start: records(data, files, base, start), fill)
+    return Reader(records, fill)
 
 
-def evaluation_batches(
-    data: Data, files: Files | float, tokenizers: Tokenizers, tokens_per_batch: int, *, base: Path = Path()
-) -> Iterator[Batch]:
-    """Every example of the files once, however long it is, by length within a pool; `index` gives back their order."""
-    reader = _reader(data, files, tokenizers, base)
-    start = first = 0
-    while True:
-        pool = reader.pool(start)
-        for rows in by_length(_lengths(pool), tokens_per_batch):
-            yield _batch(pool, rows, tokenizers, first)
-        start, first = start + pool.records, first + pool.examples
-        if pool.last:
-            return
+class EvaluationBatches:
+    """Every example of the files once, however long it is, by length within a pool; `index` gives back their order.
+
+    It may be gone through again: what one pool can hold is read and tokenised once.
+    """
+
+    def __init__(
+        self, data: Data, files: Files | float, tokenizers: Tokenizers, tokens_per_batch: int, *, base: Path = Path()
+    ) -> None:
+        self._tokenizers, self._size = tokenizers, tokens_per_batch
+        self._reader = _reader(data, records(data, files, base), tokenizers)
+        self._whole: Pool | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        start = first = 0
+        while True:
+            pool = self._whole or self._reader.pool(start)
+            if pool.last and start == 0:
+                self._whole = pool
+            for rows in by_length(_lengths(pool), self._size):
+                yield _batch(pool, rows, self._tokenizers, first)
+            start, first = start + pool.records, first + pool.examples
+            if pool.last:
+                return
 
 
 class TrainingBatches:
@@ -247,8 +273,8 @@ class TrainingBatches:
 
     `epoch` counts from 0; `skipped` is how many different examples have been too long so far. `state` and `restore`
     continue with exactly the batches that would have come, given the same data, tokenizers, seed and
-    `tokens_per_batch`.
-    Raises QkvError where no example is short enough, or where the data is not that of the restored state.
+    `tokens_per_batch`; whether the files still hold the same is not looked at.
+    Raises QkvError where no example is short enough, or where a restored place is not there in the data.
     """
 
     def __init__(
@@ -261,7 +287,7 @@ class TrainingBatches:
                 "raise the one or lower the other"
             )
         self._data, self._tokenizers, self._size, self._seed = data, tokenizers, tokens_per_batch, seed
-        self._reader = _reader(data, data.train, tokenizers, base, data.longest)
+        self._reader = _reader(data, training_records(data, base), tokenizers, data.longest)
         self._whole: Pool | None = None
         self._place(epoch=0, record=0, batch=0, skipped=0)
 

@@ -113,8 +113,9 @@ class Balance(Auxiliary):
 class SequenceBalance(Auxiliary):
     """Mean over tokens and layers of E Σ_e f_e P_e, f and P those of the token's own row: k where loads are even.
 
-    So accumulated batches teach what one large batch does, where every token is predicted. DeepSeek-V2, equations 23 to
-    25, with α = k times this weight.
+    So accumulated batches teach what one large batch does, where every token that experts read is predicted (those of
+    an encoder that reads a source are weighed by its targets). DeepSeek-V2, equations 23 to 25, with α = k times this
+    weight.
     """
 
     weight: float = 0.001
@@ -151,7 +152,10 @@ class Load(Auxiliary):
 
 @part("router-z")
 class RouterZ(Auxiliary):
-    """Mean over tokens and layers of (log Σ_e exp z_e)², z a router's logits: keeps them small (ST-MoE, Zoph 2022)."""
+    """Mean over tokens and layers of (log Σ_e exp z_e)², z a router's logits: keeps them small (ST-MoE, Zoph 2022).
+
+    Accumulated batches teach what one large batch does where every token that experts read is predicted.
+    """
 
     weight: float = 0.001
     reads: ClassVar[str] = "router"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qkv.data import Files, Tokenizers, TrainingBatches, evaluation_batches
+from qkv.data import EvaluationBatches, Files, Tokenizers, TrainingBatches
 from qkv.errors import QkvError
 from qkv.objectives import Example, Vocabulary
 from qkv.train.recipe import Recipe
@@ -17,6 +17,7 @@ class Examples:
 
     def __init__(self, recipe: Recipe, tokenizers: Tokenizers, base: Path) -> None:
         self.recipe, self.tokenizers, self.base = recipe, tokenizers, base
+        self.sets: dict[Files | float, EvaluationBatches] = {}
         self.generator = torch.Generator().manual_seed(recipe.train.seed)
         target = tokenizers.target
         specials = (target.pad, target.unknown, target.begin, target.end, target.mask)
@@ -40,5 +41,7 @@ class Examples:
     def evaluation(self, files: Files | float) -> Iterator[Example]:
         """Every example of a data set, once; what is random in them is the same each time."""
         generator, size = torch.Generator().manual_seed(0), self.recipe.train.tokens_per_batch
-        for batch in evaluation_batches(self.recipe.data, files, self.tokenizers, size, base=self.base):
+        if files not in self.sets:
+            self.sets[files] = EvaluationBatches(self.recipe.data, files, self.tokenizers, size, base=self.base)
+        for batch in self.sets[files]:
             yield self.recipe.objective.example(batch, self.vocabulary, generator)

@@ -15,12 +15,15 @@ from qkv.data import train_tokenizers
 from qkv.errors import QkvError
 from qkv.objectives import Example
 from qkv.spec import edit
-from qkv.train.evaluation import Scores, evaluate
+from qkv.train.evaluation import Scores, evaluate, refuse_early
 from qkv.train.example import Examples
 from qkv.train.progress import Board, Watch
 from qkv.train.recipe import Recipe, fitted
-from qkv.train.run import BOARD, Moment, Run
+from qkv.train.run import BOARD, Moment, Run, refuse_taken
 from qkv.use import Task
+
+NOTHING: dict[str, float] = {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0}
+"""What is added up from one logged line to the next."""
 
 
 class Stopped(Exception):
@@ -33,6 +36,8 @@ class Stopped(Exception):
 
 def start(recipe: Recipe, folder: Path, base: Path) -> Run:
     """Make a run: train its tokenizers, and set the model's vocabularies from them."""
+    refuse_taken(folder)
+    refuse_early(recipe, base)
     tokenizers = train_tokenizers(recipe.data, base)
     model = fitted(recipe.model, tokenizers.source.size, tokenizers.target.size)
     return Run.create(folder, edit(recipe, "model", model), base, tokenizers)
@@ -55,12 +60,17 @@ class Trainer:
         self.refuse_long_examples()
         self.step, self.seconds, self.worse = 0, 0.0, 0
         self.best: float | None = None
+        self.window = dict(NOTHING)
         if run.last is not None:
             self.restore(run.moment())
 
     def refuse_long_examples(self) -> None:
-        """Where the model has a bounded number of positions, find an example that is too long now, not hours later."""
+        """Find an example that is too long for the model, or a set that teaches nothing, now and not hours later."""
         data, room = self.recipe.data, self.model.positions
+        refuse_early(self.recipe, self.run.base)
+        if data.valid is not None and not any(example.tokens for example in self.examples.evaluation(data.valid)):
+            kind = self.recipe.objective.kind
+            raise QkvError(f"{data.valid} holds nothing that the objective {kind!r} could be scored on")
         if room is None:
             return
         if data.longest > room:
@@ -87,13 +97,14 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         data = self.examples.training.state()
-        values = {"data": data, "best": self.best, "worse": self.worse, "seconds": self.seconds}
+        values = {"data": data, "best": self.best, "worse": self.worse, "seconds": self.seconds, "window": self.window}
         return Moment(self.step, tensors, values)
 
     def restore(self, moment: Moment) -> None:
         self.model.load_state_dict(self.run.model(last=True).state_dict())
         self.step, tensors = moment.step, moment.tensors
         self.best, self.worse, self.seconds = (moment.values[key] for key in ("best", "worse", "seconds"))
+        self.window = dict(moment.values.get("window", NOTHING))
         self.examples.training.restore(moment.values["data"])
         self.examples.generator.set_state(tensors.pop("corruption"))
         torch.set_rng_state(tensors.pop("random"))
@@ -104,7 +115,6 @@ class Trainer:
             parameter, _, key = name.partition(":")
             on = tensor if key == "step" and self.device.type == "cpu" else tensor.to(self.device)
             self.optimizer.state[parameters[parameter]][key] = on
-        self.run.forget_after(self.step)
 
     # --- one step ---
 
@@ -142,10 +152,15 @@ class Trainer:
 
     def train(self) -> Run:
         """Train to the end; `Stopped` after a signal or the time limit."""
+        with self.run.claimed():
+            return self.trained()
+
+    def trained(self) -> Run:
         settings, self.model = self.settings, self.model.train()
+        if self.run.begun:
+            self.run.forget_after(self.step)
         board = Board(self.run.folder / BOARD, self.step)
-        began, spent = time.monotonic(), self.seconds
-        window: dict[str, float] = {"loss": 0.0, "tokens": 0, "steps": 0, "seconds": 0.0}
+        began, spent, window = time.monotonic(), self.seconds, self.window
         with Watch(settings.steps, self.step) as watch, listening() as asked:
             while self.step < settings.steps and not self.enough:
                 clock = time.perf_counter()
@@ -157,7 +172,7 @@ class Trainer:
                 self.seconds = spent + time.monotonic() - began
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
                     self.report(window, watch, board)
-                    window = dict.fromkeys(window, 0)
+                    window |= NOTHING
                 last = self.step == settings.steps
                 better = False
                 if self.recipe.data.valid is not None and (last or self.step % settings.evaluate_every == 0):
@@ -199,9 +214,8 @@ class Trainer:
         """Evaluate on the validation set → whether it was the best so far."""
         valid = self.recipe.data.valid
         assert valid is not None
-        scores: Scores = evaluate(
-            self.task, self.recipe, valid, self.run.base, examples=self.recipe.evaluation.examples
-        )
+        examples = self.recipe.evaluation.examples
+        scores: Scores = evaluate(self.task, self.recipe, valid, self.run.base, examples=examples, read=self.examples)
         metric = self.recipe.evaluation.metric
         names = [name for name in scores.values if name not in ("loss", "perplexity")] or ["loss"]
         value = scores.values[names[0]]

@@ -15,6 +15,9 @@ class Metric(Spec):
     """Whether it compares predicted texts; otherwise the validation loss is all it needs."""
     higher: ClassVar[bool] = True
     """Whether more is better."""
+    alternatives: ClassVar[bool] = False
+    """Whether the targets of lines with one source are alternatives, as of a word that is said in two ways; otherwise
+    every line counts by itself, with its own target, as in the scores that are published."""
 
     def score(self, predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> dict[str, float]:
         """Values by name; each prediction may have several references."""
@@ -65,6 +68,7 @@ class ErrorRate(Metric):
     """
 
     higher: ClassVar[bool] = False
+    alternatives: ClassVar[bool] = True
 
     def score(self, predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> dict[str, float]:
         try:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qkv.errors import QkvError
-from qkv.spec import Spec, part
+from qkv.spec import Spec, part, positive
 
 
 class Schedule(Spec):
@@ -55,6 +55,10 @@ class Cosine(Schedule):
     warmup: int = 0
     floor: float = 0.1
 
+    def check(self) -> None:
+        super().check()
+        shares(self, "floor")
+
     def factor(self, step: int, steps: int) -> float:
         if step <= self.warmup:
             return warm(step, self.warmup)
@@ -70,9 +74,19 @@ class WSD(Schedule):
     decay: float = 0.2
     floor: float = 0.0
 
+    def check(self) -> None:
+        super().check()
+        shares(self, "decay", "floor")
+
     def factor(self, step: int, steps: int) -> float:
         left = (steps - step) / max(1.0, self.decay * steps)
         return min(warm(step, self.warmup), self.floor + (1 - self.floor) * min(1.0, max(0.0, left)))
+
+
+def shares(spec: Schedule, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(spec, name) <= 1:
+            raise QkvError(f"the {name} of {spec.kind} is a share, from 0 to 1, not {getattr(spec, name)}")
 
 
 def warm(step: int, warmup: int) -> float:
@@ -103,8 +117,9 @@ class AdamW(Optimizer):
     weight_decay: float = 0.0
 
     def check(self) -> None:
-        if self.lr <= 0 or not all(0 <= beta < 1 for beta in self.betas) or self.weight_decay < 0:
-            raise QkvError("lr is above 0, the betas lie in [0, 1), and weight_decay is not negative")
+        positive(self, "lr")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.weight_decay < 0:
+            raise QkvError("the betas lie in [0, 1), and weight_decay is not negative")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         spared = {getattr(module, name) for module in model.modules() for name in getattr(module, "undecayed", ())}

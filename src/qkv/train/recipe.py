@@ -2,6 +2,7 @@
 
 import dataclasses as dc
 import tomllib
+import typing
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 from qkv.data import Data
 from qkv.decode import Greedy, Search
-from qkv.errors import QkvError
+from qkv.errors import QkvError, SpecError
 from qkv.models import EncoderDecoder, Model
 from qkv.objectives import Objective
 from qkv.parts import Tokens
-from qkv.spec import KINDS, Spec, discover, dump, edit, load, part, positive, walk
+from qkv.spec import KINDS, Spec, discover, dump, edit, fit, nearest, part, positive, walk
 from qkv.train.metric import Metric, ValidationLoss
 from qkv.train.optimizer import AdamW, Optimizer
 from qkv.zoo import spec_of
@@ -26,7 +27,7 @@ class Train(Spec):
     steps: int
     tokens_per_batch: int = 4096
     accumulate: int = 1
-    """Batches whose gradients are added up before a step, exactly as one large batch."""
+    """Batches whose gradients are added up before a step, exactly as one large batch; for auxiliary losses see them."""
     clip: float | None = 1.0
     """The largest norm of the gradient."""
     precision: str = "fp32"
@@ -67,6 +68,9 @@ class Evaluation(Spec):
     batch: int = 128
     """So many texts are predicted side by side."""
 
+    def check(self) -> None:
+        positive(self, "examples", "batch")
+
 
 @part("recipe")
 class Recipe(Spec):
@@ -100,7 +104,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `path=value` settings; `SpecError` names the file and the path of the first fault."""
     discover()
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as fault:
         raise QkvError(f"{path} is not UTF-8 (byte {fault.start + 1}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as fault:
@@ -111,11 +115,35 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         if key == "model.preset":
             tables.setdefault("model", {})["preset"] = value
     tables["model"] = expand(tables.get("model"), str(path))
-    recipe: Recipe = load(tables, Recipe, str(path))
+    fields = fields_of(tables, str(path))
     for key, value in changes:
         if key != "model.preset":
-            recipe = edit(recipe, key, partial(named, value))
-    return recipe
+            fields = changed(fields, key, value)
+    return fit(fields, Recipe, str(path))
+
+
+def fields_of(tables: dict[str, Any], path: str) -> dict[str, Any]:
+    """The fields of a recipe, each by itself: whether they go together is seen when all changes have been made."""
+    hints = typing.get_type_hints(Recipe)
+    known = {field.name: field.default for field in dc.fields(Recipe)}
+    for name in tables.keys() - known.keys() - {"kind"}:
+        raise SpecError(path, f"unknown key {name!r}{nearest(name, known)}")
+    made = {name: fit(tables[name], hints[name], f"{path}.{name}") for name in known if name in tables}
+    for name, default in known.items():
+        if name not in made and default is dc.MISSING:
+            raise SpecError(path, f"the key {name!r} is missing")
+    return {name: made.get(name, default) for name, default in known.items()}
+
+
+def changed(fields: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The fields after `--set key=value`; a fault names the key as it was typed."""
+    try:
+        return edit(fields, key.removesuffix(".kind"), partial(named, value))
+    except SpecError as fault:
+        told = fault.fault
+    except QkvError as fault:
+        told = str(fault)
+    raise SpecError(key, told) from None
 
 
 def named(value: Any, before: Any) -> Any:

@@ -3,7 +3,8 @@
 import dataclasses as dc
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qkv.checkpoints.load import load_published
 from qkv.checkpoints.opening import not_packed, opened
 from qkv.checkpoints.pull import resolve
 from qkv.checkpoints.weights import SPEC, load_model, load_tensors, read_json, save_model, save_tensors
-from qkv.checkpoints.whole import whole_folder, write_text
+from qkv.checkpoints.whole import locked, make_folder, whole_folder, write_text
 from qkv.data import Tokenizers
 from qkv.errors import QkvError
 from qkv.models import Module
@@ -25,6 +26,7 @@ from qkv.train.recipe import Recipe
 from qkv.use import Manner, Task, open_published
 
 RUN, METRICS, TRAINER, SIZES, BOARD = "run.json", "metrics.jsonl", "trainer", "sizes.json", "tensorboard"
+TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 
 
 @dc.dataclass
@@ -63,10 +65,8 @@ class Run:
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, base: Path, tokenizers: Tokenizers) -> "Run":
         """Start a run in a folder that holds none."""
-        if (folder / RUN).exists():
-            raise QkvError(f"{folder} holds a run already: `qkv train --resume {folder}` continues it, or name another")
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizers.save(folder)
+        refuse_taken(folder)
+        tokenizers.save(make_folder(folder))
         facts = {"recipe": dump(recipe), "base": str(base.resolve()), "last": None, "best": None}
         write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False))
         return cls(folder)
@@ -78,11 +78,21 @@ class Run:
 
     def discard(self) -> None:
         """Take back a run that cannot begin; what else stands in its folder stays."""
-        for name in (RUN, "tokenizer.json", "target_tokenizer.json"):
+        for name in (RUN, *TOKENIZERS):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / BOARD, ignore_errors=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """No other process trains it meanwhile; what one that was killed left half written is gone."""
+        with locked(self.folder) as free:
+            if not free:
+                raise QkvError(f"another process trains {self.folder} at this moment: wait for its end, or stop it")
+            for left in [*self.folder.glob(".step-*.part"), *self.folder.glob(".step-*.old")]:
+                shutil.rmtree(left, ignore_errors=True)
+            yield
 
     # --- checkpoints ---
 
@@ -145,6 +155,17 @@ class Run:
         """Drop what was logged after a step that training goes back to."""
         kept: Sequence[dict[str, Any]] = [line for line in self.metrics() if line["step"] <= step]
         write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def refuse_taken(folder: Path) -> None:
+    """Refuse a folder that holds a run, or what a run would write over."""
+    if (folder / RUN).exists():
+        raise QkvError(f"{folder} holds a run already: `qkv train --resume {folder}` continues it, or name another")
+    for name in (*TOKENIZERS, METRICS, BOARD):
+        if (folder / name).exists():
+            raise QkvError(
+                f"{folder} holds {name} of something else, which a run would write over: name another folder"
+            )
 
 
 def load(name: str | Path, dtype: torch.dtype | str | None = None, *, packed: bool = False) -> Module:
