@@ -253,7 +253,10 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     """The end of an error sentence: a guess at what was meant, or what there is."""
     known = list(known)
     guess = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {guess[0]!r}?" if guess else f"; there are: {', '.join(known) or 'none'}"
+    if guess:
+        return f"; did you mean {guess[0]!r}?"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"; there are: {', '.join(known[:20]) or 'none'}{more}"
 
 
 def _name(hint: Any) -> str:

@@ -159,14 +159,15 @@ ROPES: list[Any] = [
     {"rope_type": "default", "rope_theta": 1e308}, {"rope_type": "default", "zzz": 1}, {"rope_type": ["linear"]},
     {"rope_type": "nope"}, {"full_attention": {"rope_theta": 1e4}},
     *({"rope_type": kind, "factor": factor}
-      for kind in ("linear", "dynamic", "yarn") for factor in (0, -1, NAN, "x", None, 1e308, 5e-324, [1])),
+      for kind in ("linear", "dynamic", "yarn") for factor in (0, -1, NAN, "x", 1e308, 5e-324, [1])),
+    {"rope_type": "linear", "factor": None}, {"rope_type": "dynamic"},
     *({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": low, "high_freq_factor": high,
        "original_max_position_embeddings": trained}
       for low, high, trained in ((4.0, 4.0, 16), (0, 4.0, 16), (1.0, NAN, 16), (1.0, 4.0, 0), (1.0, 4.0, 10**30),
                                  (1.0, 4.0, "16"), ("1", 4.0, 16))),
     *({"rope_type": "yarn", "factor": 4.0, **more}
       for more in ({"beta_fast": 0}, {"beta_slow": 5e-324}, {"beta_fast": 1e308}, {"beta_fast": 1, "beta_slow": 2},
-                   {"attention_factor": NAN}, {"mscale": 0.0}, {"mscale": "x"}, {"truncate": 1})),
+                   {"attention_factor": NAN}, {"mscale": "x"}, {"truncate": 1})),
     *({"rope_type": "longrope", "short_factor": short, "long_factor": long}
       for short, long in (("x", "x"), ([1.0] * 3, [NAN] * 3), ([1.0] * 2, [1.0] * 3), (["a"] * 3, [1.0] * 3),
                           ([0] * 3, [1.0] * 3), ([10**400] * 3, [1.0] * 3), ([1.0] * 10**5, [1.0] * 10**5))),

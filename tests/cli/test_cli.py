@@ -188,3 +188,44 @@ def test_our_own_fault_is_status_1(monkeypatch, capsys):
         program()
     assert left.value.code == 1
     assert "this is a defect of qkv: ZeroDivisionError: oh" in capsys.readouterr().err
+
+
+PROGRAM = "from qkv.cli import main; main()"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM, "inspect", "gpt-tiny"], stdout=-1, stderr=-1)
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 141
+
+
+def test_ctrl_c_says_so_and_leaves_no_run_that_has_not_begun(tmp_path):
+    (tmp_path / "input.txt").write_text("to be, or not to be\n" * 20000)
+    command = [sys.executable, "-c", PROGRAM, "train", "write", "--set", "data.train=input.txt"]
+    program = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    while not (tmp_path / "runs/write/run.json").exists():
+        assert program.poll() is None, program.stderr.read()
+        time.sleep(0.001)
+    program.send_signal(signal.SIGINT)
+    _, told = program.communicate()
+    assert program.returncode == 130
+    begun = (tmp_path / "runs/write").exists()  # the signal may come when the first step is made, which is then saved
+    assert ("go on with" in told) if begun else told.endswith("qkv: stopped\n")
+
+
+def test_a_disk_that_is_full_is_not_our_defect(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PROGRAM, "recipes"], stdout=full, stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "qkv: the output could not be written or read (No space left on device)\n",
+    )
+    (tmp_path / "file").write_text("to be\n" * 100)
+    done = qkv("train", "write", "--set", "data.train=file.txt", "--out", "file/x", cwd=tmp_path)
+    assert done.returncode == 2
+
+
+def test_a_preset_is_told_from_a_checkpoint():
+    done = qkv("generate", "gpt-tiny", "Once")
+    assert done.returncode == 2 and "'gpt-tiny' is a preset, a model without weights: train it" in done.stderr
+    assert qkv("generate", "model.gguf", "Once").stderr == "qkv: model.gguf does not exist\n"

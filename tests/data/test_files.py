@@ -203,3 +203,26 @@ def test_a_cut_gzip_gives_what_came_before(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"line\n" * 100_000)[:-12])
     assert len(list(islice(read(path, ["text"]), 1000))) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (
+            "a.csv",
+            "en;de\nA cat.;Eine Katze.\n",
+            "it looks separated by semicolons: a .tsv",
+        ),
+        ("a.tsv", "en,de\nA cat.,Eine Katze.\n", "it looks separated by commas"),
+        ("a.tsv", "english\tgerman\nA cat.\tEine Katze.\n", "the first line names the columns, and data.source, "),
+    ],
+)
+def test_a_table_that_names_other_columns_says_what_may_be_meant(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(QkvError, match=words):
+        list(read(tmp_path / name, ("en", "de")))
+
+
+def test_two_names_in_one_string_are_told_to_be_a_list(tmp_path):
+    with pytest.raises(QkvError, match=r"several files are a list: \['a.en', 'a.de'\]"):
+        list(read("a.en,a.de", ("en", "de"), base=tmp_path))

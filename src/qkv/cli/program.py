@@ -1,8 +1,11 @@
 """The program `qkv`, and what its exit status says: 0 done, 2 the user's mistake, 1 ours, 130 Ctrl-C."""
 
+import errno
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,9 +20,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def minded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that may be cut off, before typer, which says nothing, hears of it."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            fail("stopped", 130)
+        except BrokenPipeError:
+            # The reader of our output left (`qkv … | head`): no one to tell, and nothing more to flush.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+
+    return run
+
+
 for group in (train, run, use, look, bench, convert, pull):
     for command in group.COMMANDS:
-        app.command()(command)
+        app.command()(minded(command))
 
 
 def version(asked: bool) -> None:
@@ -45,17 +68,23 @@ def main() -> None:
         app()
     except QkvError as mistake:
         fail(str(mistake), 2)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
-    except BrokenPipeError:
-        # The reader of our output left (`qkv … | head`): no one to tell, and nothing more to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as fault:
+        if fault.errno in THEIRS:
+            fail(f"{fault.filename or 'the output'} could not be written or read ({fault.strerror})", 2)
+        defect(fault)
     except Exception as fault:
-        fail(f"this is a defect of qkv: {type(fault).__name__}: {fault} (--traceback shows where)", 1)
+        defect(fault)
 
 
-def fail(message: str, code: int) -> None:
+THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+"""Faults of a disk or a path."""
+
+
+def defect(fault: Exception) -> NoReturn:
+    fail(f"this is a defect of qkv: {type(fault).__name__}: {fault} (--traceback shows where)", 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
     if os.environ.get("QKV_TRACEBACK"):
         import traceback
 

@@ -23,26 +23,28 @@ def train(
     """Train a model as a recipe says."""
     from qkv.recipes import find, shipped
     from qkv.train import Run, Stopped, Trainer, load_recipe, start
+    from qkv.train.run import discard
 
     if (recipe is None) == (resume is None):
         raise QkvError("give either a recipe (`qkv recipes` lists some) or --resume RUN")
-    if resume is not None:
-        if setting or out:
-            raise QkvError("a resumed run keeps its recipe and folder: leave out --set and --out")
-        run = Run(resume)
-    else:
-        assert recipe is not None
-        path = find(recipe)
-        base = Path() if recipe in shipped() else path.parent  # a shipped recipe reads the user's own files
-        run = start(load_recipe(path, setting or []), out or Path("runs") / path.stem, base)
+    if resume is not None and (setting or out):
+        raise QkvError("a resumed run keeps its recipe and folder: leave out --set and --out")
+    run: Run | None = None
     try:
+        if recipe is not None:
+            path = find(recipe)
+            base = Path() if recipe in shipped() else path.parent  # a shipped recipe reads the user's own files
+            run = start(load_recipe(path, setting or []), out or Path("runs") / path.stem, base)
+        else:
+            assert resume is not None
+            run = Run(resume)
         Trainer(run).train()
     except Stopped as stopped:
         print(f"qkv: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
     except BaseException:  # Ctrl-C too
-        if resume is None and not run.begun:
-            run.discard()
+        if run is not None and resume is None and not run.begun:
+            discard(run.folder)
         raise
     print(run.folder)
 

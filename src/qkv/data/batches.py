@@ -102,7 +102,10 @@ def held_from(data: Data, base: Path) -> int:
     cut = int(np.searchsorted(ends, (1 - data.valid) * ends[-1])) + 1
     if cut >= len(ends):
         found = "1 record" if len(ends) == 1 else f"{len(ends)} records"
-        raise QkvError(f"{data.train} has {found}, too few to hold {data.valid:g} of them out")
+        raise QkvError(
+            f"{data.train} has {found}, too few to hold {data.valid:g} of them out: break it into lines, or give "
+            "data.valid a file"
+        )
     return cut
 
 

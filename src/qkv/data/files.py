@@ -95,6 +95,8 @@ def _must_exist(path: Path) -> None:
         raise QkvError(f"{path} does not exist, and neither does its directory")
     if not path.exists():
         guess = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], 1)
+        if "," in path.name:
+            raise QkvError(f"{path} does not exist; several files are a list: {path.name.split(',')}")
         raise QkvError(f"{path} does not exist" + (f"; did you mean {guess[0]!r}?" if guess else ""))
 
 
@@ -173,7 +175,10 @@ def _table(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[
     picks = []
     for column in columns:
         if column not in header:
-            raise QkvError(f"{path} line {number} names no column {column!r}{nearest(column, header)}")
+            raise QkvError(
+                f"{path} line {number} names no column {column!r}{nearest(column, [name[:40] for name in header])}"
+                f"{separated(header)}"
+            )
         if header.count(column) > 1:
             raise QkvError(f"{path} line {number} names the column {column!r} more than once")
         picks.append(header.index(column))
@@ -185,6 +190,15 @@ def _table(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Sequence[
         yield Record(tuple(row[pick] for pick in picks), path, number)
     if not records:
         raise QkvError(f"{path} has a header and no rows")
+
+
+def separated(header: list[str]) -> str:
+    """What may be meant, where the first line names other columns than those that are read."""
+    if len(header) == 1:
+        for mark, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
+            if mark in header[0]:
+                return f"; it looks separated by {name}: a .tsv is by tabs, a .csv by commas"
+    return "; the first line names the columns, and data.source, data.target or data.text those that are read"
 
 
 def _tsv(path: Path, columns: Sequence[str]) -> Iterator[Record]:

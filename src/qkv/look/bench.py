@@ -7,6 +7,7 @@ does beside the weights is not counted, so that long texts seem further from the
 
 import dataclasses as dc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -92,8 +93,10 @@ def bench(name: str | Path, *, dtype: str | None = None, threads: int | None = N
     The native program uses the weights of a .gguf file packed as they are; torch uses them in `dtype`, or as `load`
     gives them. Decoders continue texts, encoders read them, and an encoder-decoder answers them by a beam of 4.
     """
-    if seconds <= 0 or (threads is not None and threads < 1):
-        raise QkvError(f"a measurement takes a time above 0 and at least 1 thread, not {seconds} s and {threads}")
+    if not 0 < seconds < math.inf:
+        raise QkvError(f"a measurement takes a time above 0, not {seconds} s")
+    if threads is not None and threads < 1:
+        raise QkvError(f"a measurement takes at least 1 thread, not {threads}")
     path, kind = resolve(name), dtype_of(dtype)
     with threading(threads) as count:
         notes: list[str] = []
@@ -377,11 +380,13 @@ def lines(bench: Bench) -> Iterator[str]:
     yield from bench.notes
     yield ""
     both = len(forms) == len(FORMS)
-    yield f"{'':36}" + "".join(f"{form:>14}{'of its bound':>21}" for form in forms) + "   native ÷ torch" * both
-    for figure in bench.figures:
+    works = [f"{figure.work}, {figure.unit}" for figure in bench.figures]
+    wide = max(map(len, works), default=0)
+    yield " " * wide + "".join(f"{form:>14}{'of its bound':>21}" for form in forms) + "   native ÷ torch" * both
+    for work, figure in zip(works, bench.figures, strict=True):
         cells = "".join(f"{figure.speeds[form].rate:>14,.1f}{bound(figure.speeds[form]):>21}" for form in forms)
         rates = [figure.speeds[form].rate for form in forms]
-        yield f"{f'{figure.work}, {figure.unit}':36}{cells}" + (f"{rates[0] / rates[1]:17.2f}" if both else "")
+        yield f"{work:{wide}}{cells}" + (f"{rates[0] / rates[1]:17.2f}" if both else "")
     for form in forms:
         one = bench.starts[form]
         memory = "" if one.bytes is None else f", {one.bytes / 1e6:,.0f} MB at most"

@@ -276,20 +276,32 @@ def square_root() -> "Normalize":
     return PowerNorm(0.5, vmin=0, vmax=1)
 
 
+AVERAGE = "train, moving average"
+
+
+def worded(value: float) -> str:
+    """A number in three digits, or as many as stand before its point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _draw_panel(axes: "Axes", name: str, splits: Mapping[str, Curve]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     colours = cycle(OTHERS)
     for split, curve in splits.items():
         if split == "train":
             axes.plot(curve.steps, curve.values, color=TRAIN, alpha=0.25, linewidth=0.8)
-            axes.plot(curve.steps, curve.smooth(), color=TRAIN, linewidth=1.8, label="train, moving average")
+            alone = "o" if len(curve.steps) == 1 else None  # a line of one point would not be seen
+            axes.plot(curve.steps, curve.smooth(), color=TRAIN, linewidth=1.8, marker=alone, label=AVERAGE)
         else:
             colour = next(colours)
             axes.plot(curve.steps, curve.values, color=colour, linewidth=1.4, marker="o", markersize=4, label=split)
-            last, place = f"{curve.values[-1]:.3g}", (curve.steps[-1], curve.values[-1])
+            last, place = worded(curve.values[-1]), (curve.steps[-1], curve.values[-1])
             axes.annotate(last, place, (7, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
     title = panel_title(name, splits)
     axes.set_title(title, loc="left", fontsize=11, **as_text(title))
     axes.set_xlabel("step", fontsize=9, color=QUIET)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(splits) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)

@@ -180,7 +180,8 @@ class Trainer:
                 last = last or self.enough
                 if self.step == 1 and self.examples.training.skipped:
                     skipped, most = self.examples.training.skipped, self.recipe.data.longest
-                    watch.say(f"{skipped:,} training examples are longer than max_tokens = {most} and are left out")
+                    many = f"{skipped:,} training examples are" if skipped > 1 else "1 training example is"
+                    watch.say(f"{many} longer than max_tokens = {most} and left out")
                 late = settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes
                 if better or last or late or asked or self.step % settings.save_every == 0:
                     self.run.save(self.model, self.moment(), best=better)

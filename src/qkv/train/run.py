@@ -66,23 +66,20 @@ class Run:
     def create(cls, folder: Path, recipe: Recipe, base: Path, tokenizers: Tokenizers) -> "Run":
         """Start a run in a folder that holds none."""
         refuse_taken(folder)
-        tokenizers.save(make_folder(folder))
-        facts = {"recipe": dump(recipe), "base": str(base.resolve()), "last": None, "best": None}
-        write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False))
-        return cls(folder)
+        make_folder(folder)
+        try:
+            tokenizers.save(folder)
+            facts = {"recipe": dump(recipe), "base": str(base.resolve()), "last": None, "best": None}
+            write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False))
+            return cls(folder)
+        except BaseException:
+            discard(folder)
+            raise
 
     @property
     def begun(self) -> bool:
         """Whether there is anything to go on from, or to look at."""
         return self.last is not None or (self.folder / METRICS).exists()
-
-    def discard(self) -> None:
-        """Take back a run that cannot begin; what else stands in its folder stays."""
-        for name in (RUN, *TOKENIZERS):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / BOARD, ignore_errors=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -166,6 +163,15 @@ def refuse_taken(folder: Path) -> None:
             raise QkvError(
                 f"{folder} holds {name} of something else, which a run would write over: name another folder"
             )
+
+
+def discard(folder: Path) -> None:
+    """Take back a run that cannot begin; what else stands in its folder stays."""
+    for name in (RUN, *TOKENIZERS):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / BOARD, ignore_errors=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def load(name: str | Path, dtype: torch.dtype | str | None = None, *, packed: bool = False) -> Module:
