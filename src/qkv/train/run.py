@@ -87,7 +87,7 @@ class Run:
         with locked(self.folder) as free:
             if not free:
                 raise QkvError(f"another process trains {self.folder} at this moment: wait for its end, or stop it")
-            for left in [*self.folder.glob(".step-*.part"), *self.folder.glob(".step-*.old")]:
+            for left in self.folder.glob(".step-*.part"):
                 shutil.rmtree(left, ignore_errors=True)
             yield
 
