@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qkv.train import Run, Trainer
+from qkv.zoo import PRESETS
 from tests.train.small import RECIPE, small_run, write_data
 
 
@@ -126,6 +127,8 @@ def test_inspect_shows_runs_presets_and_recipes(run):
     told = json.loads(qkv("inspect", "gpt-tiny", "--vocab", 65, "--json").stdout)
     assert told["root"]["parameters"] == 4 * 197120 + 256 + 64 * 128 + 65 * 128
     assert "1 to 1" not in qkv("inspect", "speak").stdout
+    assert "gpt2-medium            24 layers 1024 wide, 355 M parameters (Radford 2019)." in qkv("inspect").stdout
+    assert json.loads(qkv("inspect", "--json").stdout).keys() == PRESETS.keys()
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def picked(number: int | None, size: int, what: str) -> list[int]:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A run, a preset, a recipe, a directory, a .gguf file, or a name.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A run, a preset, a recipe, a directory, a .gguf file, or a name; left out: the presets."),
+    ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of the sequence; 128, or all that the model takes.")
     ] = None,
@@ -106,13 +109,16 @@ def inspect(
     ] = 32000,
     as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
 ) -> None:
-    """Show a model as a tree of parts: shapes, parameters, FLOPs and cache bytes."""
+    """Show a model as a tree of parts: shapes, parameters, FLOPs and cache bytes; or list the presets."""
     from qkv.look import inspect as examine
     from qkv.spec import edit
     from qkv.train.recipe import vocabularies
 
     if vocabulary < 1:
         raise QkvError(f"a vocabulary has at least 1 token, not {vocabulary}")
+    if model is None:
+        presets(as_json)
+        return
     spec = spec_of(model)
     for path, size in vocabularies(spec).items():
         if size is None:
@@ -122,6 +128,18 @@ def inspect(
         print(json.dumps(dc.asdict(inspection), indent=2))
         return
     print(inspection)
+
+
+def presets(as_json: bool) -> None:
+    """Every preset, with what it is."""
+    from qkv.zoo import PRESETS
+
+    found = {name: (make.__doc__ or "").strip().partition("\n")[0] for name, make in PRESETS.items()}
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for name, told in found.items():
+        print(f"{name:22} {told}")
 
 
 def spec_of(name: str) -> "Model":

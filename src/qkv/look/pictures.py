@@ -301,7 +301,7 @@ def _draw_panel(axes: "Axes", name: str, splits: Mapping[str, Curve]) -> None:
     title = panel_title(name, splits)
     axes.set_title(title, loc="left", fontsize=11, **as_text(title))
     axes.set_xlabel("step", fontsize=9, color=QUIET)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if len(splits) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
