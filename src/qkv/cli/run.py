@@ -84,7 +84,9 @@ def predict(
     tokens: Annotated[int, typer.Option(help="At most so many new tokens of a decoder.")] = 200,
     last: Annotated[bool, typer.Option("--last", help="Use the last checkpoint, not the best.")] = False,
     torch: Torch = False,
-    as_json: As_json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For a program; a score is Σ log p, a beam's by the length.")
+    ] = False,
 ) -> None:
     """Answer a text as the model was trained to: translate or continue it, fill its masks, name its class or those of
     its tokens; a model that finds answers takes a question and a text with a tab between them.

@@ -57,14 +57,14 @@ class Trainer:
         self.task = Task(self.model, run.tokenizers)
         self.optimizer = self.recipe.optimizer.build(self.model)
         self.examples = Examples(self.recipe, run.tokenizers, run.base)
-        self.refuse_long_examples()
+        self.look_ahead()
         self.step, self.seconds, self.worse = 0, 0.0, 0
         self.best: float | None = None
         self.window = dict(NOTHING)
         if run.last is not None:
             self.restore(run.moment())
 
-    def refuse_long_examples(self) -> None:
+    def look_ahead(self) -> None:
         """Find an example that is too long for the model, or a set that teaches nothing, now and not hours later."""
         data, room = self.recipe.data, self.model.positions
         refuse_early(self.recipe, self.run.base)
