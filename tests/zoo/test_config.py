@@ -241,7 +241,7 @@ def test_what_no_family_runs_is_refused_for_all(key: str) -> None:
 def test_a_fault_of_the_parts_names_the_file_once() -> None:
     values = PRESETS["bert-tiny"]()
     assert isinstance(values, dict)
-    with pytest.raises(QkvError, match=r"^here: dropout lies in \[0, 1\)"):
+    with pytest.raises(QkvError, match=r"^here: the dropout of attention lies in \[0, 1\)"):
         spec_from({**values, "attention_probs_dropout_prob": 2.0}, (), "here")
     with pytest.raises(QkvError, match=r"^here: num_attention_heads is 0; "):
         spec_from({**values, "num_attention_heads": 0}, (), "here")

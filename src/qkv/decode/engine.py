@@ -97,7 +97,7 @@ class Batcher:
             with self.news:
                 self.news.wait_for(lambda: ready() or not self.busy)
             if not ready():
-                self.step()
+                self.go_on()
         return not request.done
 
     def run(self) -> None:
@@ -106,8 +106,12 @@ class Batcher:
             with self.news:
                 self.news.wait_for(lambda: self.closed or self.pending)
             if not self.closed:
-                with suppress(Exception):  # of which each request in that step was told
-                    self.step()
+                self.go_on()
+
+    def go_on(self) -> None:
+        """A step; what goes wrong in it, each request that took part is told."""
+        with suppress(Exception):
+            self.step()
 
     def close(self) -> None:
         """Give up all requests after the step that is being made, and take no more."""
