@@ -298,7 +298,7 @@ def test_an_unknown_name(index: Path) -> None:
     sentence += "Hugging Face Hub is hf:owner/name); did you mean 'gemma3-270m'?"
     with pytest.raises(QkvError, match=f"^{re.escape(sentence)}$"):
         resolve("gema3-270m")
-    for odd in ("x" * 5000, "a\0b"):
+    for odd in ("x" * 5000, "a\0b", "llama-3.1-7b"):
         with pytest.raises(QkvError, match="is no file, no folder"):
             resolve(odd)
 

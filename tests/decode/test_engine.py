@@ -348,6 +348,15 @@ def test_a_request_that_cannot_begin_fails_alone_and_its_thread_goes_on(monkeypa
     assert well.result() == decode(made, [ids(5)], Greedy(), limits=[3], ends=None)[0]
 
 
+def test_what_always_fails_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Batcher(model("mixer attention"))
+    monkeypatch.setattr(engine, "admit", lambda: 1 / 0)
+    for request in [engine.add(ids(3), Greedy(), limit=2) for _ in range(2)]:
+        with pytest.raises(QkvError, match="ZeroDivisionError"):
+            request.result()
+    assert not engine.pending
+
+
 def test_a_step_that_fails_leaves_an_engine_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model("mixer mamba2")
     engine = Batcher(made, chunk=3)

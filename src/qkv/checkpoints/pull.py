@@ -59,7 +59,7 @@ def unknown(name: str) -> QkvError:
             f"{name!r} is a preset, a model without weights: train it with --set model.preset={name}, or name a "
             "checkpoint or a run"
         )
-    if os.sep in name or os.path.splitext(name)[1]:
+    if os.sep in name or os.path.splitext(name)[1][1:].isalpha():  # a version, as in llama-3.1-8b, is no ending
         return QkvError(f"{name} does not exist")
     return QkvError(
         f"{name!r} is no file, no folder and no name to pull (a model of the Hugging Face Hub is hf:owner/name)"

@@ -41,13 +41,13 @@ def look(
         raise QkvError(f"{model} is no run, of which there would be a report: give a text for the model to read")
     if out is not None and out.exists() and not out.is_dir():
         raise QkvError(f"{out} is a file: --out names the folder of the pictures")
+    require("matplotlib")
     task, folder = open_task(model), out or (Path("look") if run is None else run / "look")
     if text is not None:
         draw(task, text, folder, layer, head)
     if run is None:
         return
     opened = Run(run)
-    require("matplotlib")
     make_folder(folder)
     if opened.metrics():
         print(curves(opened.metrics(), path=folder / "curves.png"))

@@ -139,7 +139,10 @@ class Batcher:
             self.write()
             self.read()
         except BaseException as error:  # what the cells hold now, nobody knows
-            for job in (*self.reading, *self.running):
+            told = [*self.reading, *self.running]
+            if not told and self.waiting and isinstance(error, Exception):
+                told.append(self.waiting.popleft())  # so that what always fails is not tried for ever
+            for job in told:
                 job.request.finish(error=failed(error))
             self.reading, self.running, self.state = [], [], None
             raise

@@ -94,11 +94,11 @@ def gemma3_with_images(c: Config) -> Model:
 
 def turns(c: Config, kind: str) -> Rotary:
     """Layers with a window have short waves, never scaled before each kind had a table of its own."""
-    if kind == LOCAL and "rope_parameters" not in c:
-        return Rotary(c.number("rope_local_base_freq", 10000.0))
-    if kind == LOCAL:
+    if kind == GLOBAL:
+        return rotary(c, layers=kind, theta=1000000.0)
+    if "rope_parameters" in c:
         return rotary(c, layers=kind, key="rope_local_base_freq")
-    return rotary(c, layers=kind, theta=1000000.0)
+    return Rotary(c.number("rope_local_base_freq", 10000.0))
 
 
 def kinds(c: Config, every: int) -> list[str]:

@@ -7,7 +7,12 @@ from qkv.zoo.config import Config
 
 
 def rotary(
-    c: Config, *, layers: str | None = None, key: str = "rope_theta", theta: float = 10000.0, fraction: float = 0.0
+    c: Config,
+    *,
+    layers: str | None = None,
+    key: str = "rope_theta",
+    theta: float = 10000.0,
+    fraction: float | None = None,
 ) -> Rotary:
     """The rotary position of a model, or of its `layers` of one kind where each kind has a table of its own.
 
@@ -22,12 +27,13 @@ def rotary(
     if layers is not None and layers in table:
         table = table.table(layers)
     base = table.number("rope_theta", c.number(key, theta))
-    if fraction:
-        fraction = table.number("partial_rotary_factor", c.number("partial_rotary_factor", fraction))
-    else:
+    if fraction is None:
         table.only("partial_rotary_factor", 1.0)
         c.only("partial_rotary_factor", 1.0)
-    return Rotary(base, fraction=fraction or 1.0, scaling=scaling(c, table))
+        fraction = 1.0
+    else:
+        fraction = table.number("partial_rotary_factor", c.number("partial_rotary_factor", fraction))
+    return Rotary(base, fraction=fraction, scaling=scaling(c, table))
 
 
 def scaling(c: Config, table: Config) -> Scaling | None:
